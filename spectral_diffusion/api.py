@@ -20,6 +20,7 @@ from torch import Tensor
 from .adapters import adapter as core
 from .adapters import apply
 from .adapters.attach import has_adapters
+from .adapters.formats.card import MARK
 from .adapters.formats.native import load_adapter, save_adapter
 from .adapters.snapshot import copy_tokenizers, snapshot
 from .config.fuse import MergeConfig
@@ -30,7 +31,7 @@ from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
 from .core.errors import Cancelled, Fix, UserError
-from .core.files import write_text
+from .core.files import refuse_overwriting_page, write_text
 from .core.hooks import QUIET, Event, Hooks
 from .core.hub import hub_problem
 from .data.folder import describe, load_concept, open_photo
@@ -46,6 +47,7 @@ from .models.loading import load_base
 from .scenes.auto_regions import AutoConcept, concepts_named
 from .scenes.control import read_control_image
 from .scenes.sampling import sample
+from .training.output import refuse_other_output
 from .training.run import train_to_file
 
 LOADED = "_spectral_diffusion_loaded"  # the attribute of a pipeline that has a LoadedAdapters
@@ -87,8 +89,15 @@ class Adapter(core.Adapter):
         return cls.of(load_adapter(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``adapter.safetensors`` and a model card into a folder, as a hub repository has them."""
+        """Write ``adapter.safetensors`` and a model card into a folder, as a hub repository has them.
+
+        Raises:
+            UserError: the folder has a ``README.md`` that is no card of this program, or another program's
+                ``adapter.safetensors``.
+        """
         folder = Path(folder)
+        refuse_overwriting_page(folder / CARD, MARK)
+        refuse_other_output(folder / ADAPTER_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self, folder / ADAPTER_FILE)
         write_text(folder / CARD, adapter_card(self))

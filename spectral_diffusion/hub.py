@@ -12,10 +12,11 @@ from .adapters.formats.card import MARK, TERMS, model_card
 from .adapters.formats.native import load_adapter
 from .adapters.formats.reading import is_foreign
 from .core.errors import Fix, UserError
-from .core.files import is_file, is_folder, read_text
+from .core.files import is_file, is_folder, read_header, read_text
 from .core.hooks import QUIET, Hooks
 from .core.hub import hub_problem, is_repository
 from .core.paths import without_folders
+from .merging.export import TOKEN
 from .merging.manifest import MANIFEST, read_manifest
 
 ADAPTER_FILE = "adapter.safetensors"  # in a repository or in a folder of one adapter
@@ -111,7 +112,8 @@ def publication(path: Path, license: str = "") -> Publication:
             return Publication({ADAPTER_FILE: path}, adapter_card(load_adapter(path), license))
         card = path.with_suffix(".md")
         text = _exported_card(path, card, license)
-        words = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.safetensors"))  # the embeddings beside it
+        beside = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.safetensors"))
+        words = [file for file in beside if TOKEN in read_header(file)[1]]  # embeddings that the export wrote
         shown = [path.parent / name for name in PICTURE.findall(text)]
         files = [path, *words, *(file for file in shown if file.parent == path.parent and is_file(file))]
         return Publication({file.name: file for file in files}, text)

@@ -180,6 +180,22 @@ def test_an_adapter_goes_to_files_and_back(two: list[sd.Adapter], tmp_path: Path
     assert tmp_path / "kohya.safetensors" in files and all(file.exists() for file in files)
 
 
+def test_a_folder_with_a_page_of_its_own_keeps_it(two: list[sd.Adapter], tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "README.md").write_text("# My notes\n")
+    with pytest.raises(sd.UserError, match=r"README\.md was not written by this program"):
+        two[0].save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    (folder / "README.md").unlink()
+    (folder / "adapter.safetensors").write_bytes(b"another program's")
+    with pytest.raises(sd.UserError, match=r"adapter\.safetensors is no adapter of this program"):
+        two[0].save_pretrained(folder)
+    (folder / "adapter.safetensors").unlink()
+    for _ in range(2):
+        two[0].save_pretrained(folder)
+
+
 def test_identity_is_of_the_photos_own_thing() -> None:
     folders = {name: assets.concepts() / name for name in ("rex", "brew")}
     photos = [Image.open(path).convert("RGB") for path in sorted(folders["rex"].glob("*.png"))[:3]]

@@ -254,6 +254,10 @@ def test_a_failed_entry_leaves_the_others_and_old_figures_are_not_mixed(tmp_path
     assert done.exit_code == 1 and "does not exist" in done.output and "1 of 2 entries" in str(done.exception)
     file = tmp_path / "out" / "results" / "tiny-good.json"
     assert file.is_file() and "| good |" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# My notes\n")
+    kept = run_board(tmp_path, {"good": good}, "-o", str(tmp_path / "mine"))
+    assert isinstance(kept.exception, UserError) and "README.md was not written by" in str(kept.exception)
     # A word about it keeps the figures; another number of concepts joins them; other prompts replace all.
     assert run_board(tmp_path, {"good": {**good, "notes": "Better said."}}, "--n", "3").exit_code == 0
     assert list(json.loads(file.read_text())["counts"]) == ["2", "3"]
@@ -329,6 +333,8 @@ def test_a_program_that_fails_is_one_sentence(suite: BoardSuite, lab: StudyRunne
 
     with pytest.raises(UserError, match=r"failed \(3\).*no weights"):
         painted("import sys; print('no weights', file=sys.stderr); sys.exit(3)")
+    with pytest.raises(UserError, match=r"failed \(4\).*in Latin-1: \ufffd"):
+        painted(r"import os, sys; os.write(2, b'in Latin-1: \xe9'); sys.exit(4)")
     with pytest.raises(UserError, match=r"made no 00000\.png"):
         painted(PROGRAM % "0")
     with pytest.raises(UserError, match="could not run"):

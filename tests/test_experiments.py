@@ -65,6 +65,18 @@ def test_a_page_is_never_replaced_by_one_that_says_less(tmp_path: Path) -> None:
     assert page_name(study, part, tmp_path, quick=False) == "rank"
 
 
+def test_a_page_that_a_person_wrote_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "rank.md").write_text("# My notes on rank\n")
+    refused = CliRunner().invoke(app, ["experiment", "rank", "-o", str(tmp_path)])
+    assert isinstance(refused.exception, UserError) and "rank.md was not written by this program" in str(
+        refused.exception
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["rank.md"]
+    (tmp_path / "rank.md").unlink()
+    for _ in range(2):  # the second replaces the first one's page
+        assert CliRunner().invoke(app, ["experiment", "rank", "-o", str(tmp_path)]).exit_code == 0
+
+
 def test_where_a_curve_reaches_a_gain() -> None:
     assert crossing((10, 20), (0.2, 0.4), 0.1) == pytest.approx(5)
     assert crossing((10, 20), (0.2, 0.4), 0.3) == pytest.approx(15)

@@ -33,7 +33,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import Factors, balance, truncate
-from spectral_diffusion.merging.export import ExportOptions, export
+from spectral_diffusion.merging.export import ExportOptions, export, open_source, write_lora
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.loading import load_base
@@ -179,6 +179,25 @@ def test_a_method_of_full_rank_goes_out_with_its_error_told(
     layer = adapter.layers[-1]
     weight = pipe.unet.get_submodule(layer.removeprefix("unet.")).weight
     assert torch.allclose(weight - weights[layer], adapter.factors(layer, weights[layer]).delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers", "comfyui"])
+def test_layers_without_a_rank_are_left_out(trained: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    adapter = load_adapter(trained["mug"])
+    pruned = adapter.layers[0]
+
+    def factors() -> dict[str, Factors]:
+        own = {layer: adapter.factors(layer) for layer in adapter.layers}
+        return {**own, pruned: Factors(own[pruned].up[:, :0], own[pruned].down[:0])}
+
+    source = replace(open_source(trained["mug"]), factors=factors)
+    output = tmp_path / "mug.safetensors"
+    write_lora(source, output, kind, ExportOptions(), Hooks())
+    weights = {layer: torch.zeros(adapter.sizes[layer]) for layer in adapter.layers}
+    assert read_lora(output, weights).factors.keys() == set(adapter.layers) - {pruned}
+    empty = replace(source, factors=lambda: {pruned: factors()[pruned]})
+    with pytest.raises(UserError, match="changes no weight"):
+        write_lora(empty, tmp_path / "none.safetensors", kind, ExportOptions(), Hooks())
 
 
 def test_metadata_and_card(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from conftest import make_photos
 from PIL import Image
 
-from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.config.settings import build, read_yaml, to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
@@ -98,6 +99,26 @@ def test_no_mutated_adapter_is_taken_for_a_whole_one(photos: Path, tiny_base: Pa
         sentence(error)
     assert time.monotonic() - begun < 120
     assert load_adapter(path).norm() > 0
+
+
+@pytest.mark.parametrize(("method", "features"), [("lora", 2**18), ("vera", 2**16)])
+def test_a_small_file_that_claims_a_giant_layer_is_refused(
+    photos: Path, tiny_base: Path, tmp_path: Path, method: str, features: int
+) -> None:
+    config = TrainConfig(
+        concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), method=method, rank=1, steps=1,
+        device="cpu", batch_size=1,
+    )  # fmt: skip
+    adapter = train_to_file(config)
+    layer = adapter.layers[0]
+    out, inside = adapter.sizes[layer]
+    for sizes in ((features, inside), (out, features), (0, inside)):
+        shapes = adapter.method.shapes(*sizes, adapter.rank)
+        own = {f"{layer}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        giant = replace(adapter, sizes={**adapter.sizes, layer: sizes}, parameters={**adapter.parameters, **own})
+        save_adapter(giant, tmp_path / "giant.safetensors")
+        with pytest.raises(UserError, match="wrong size"):
+            load_adapter(tmp_path / "giant.safetensors")
 
 
 def test_a_pickle_in_disguise_is_never_opened(tmp_path: Path) -> None:

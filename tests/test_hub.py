@@ -13,6 +13,7 @@ import yaml
 from conftest import make_photos
 from fake_hub import Hub, running_hub
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import spectral_diffusion as sd
@@ -136,6 +137,7 @@ def test_a_fused_folder_and_an_export_go_to_the_hub(hub: Hub, fused: Path, adapt
     exported, picture = tmp_path / "kohya.safetensors", tmp_path / "sample.png"
     Image.new("RGB", (8, 8)).save(picture)
     sd.Adapter.from_pretrained(adapter_file).export(exported, picture=picture)
+    save_file({"secret": torch.zeros(1)}, tmp_path / "kohya.private.safetensors")  # somebody's own, not of the export
     publish(exported, "me/lora", **TERMS)
     files = hub.repositories["models/me/lora"]
     assert set(files) == {"kohya.safetensors", "kohya.rex.safetensors", "sample.png", "README.md"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def test_every_method_is_measured_and_starts_at_nothing(tiny_base: Path, name: s
             for s, d in zip(spaces.values(), dense, strict=True)
         ]
         assert torch.allclose(penalty, torch.stack(direct).mean(), rtol=1e-3)
+
+
+def test_layers_that_an_earlier_adapter_does_not_change_have_no_space(
+    photos: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = trained(photos, tiny_base, tmp_path / "first.safetensors")
+    dead = adapter.layers[0]
+    parameters = {n: torch.zeros_like(v) if n.startswith(f"{dead}.") else v for n, v in adapter.parameters.items()}
+    weights = load_base(str(tiny_base), "cpu").weights()
+    spaces = earlier_spaces([replace(adapter, parameters=parameters)], weights)
+    assert spaces.keys() == set(adapter.layers) - {dead}
+    assert earlier_spaces([adapter, replace(adapter, parameters=parameters)], weights).keys() == set(adapter.layers)
 
 
 def overlap_of(adapter: Adapter, earlier: Adapter, base: Base) -> float:

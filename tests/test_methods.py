@@ -446,6 +446,20 @@ def band_of(weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
     return dict(zip("USV", top_band(weight, rank), strict=True))
 
 
+def test_a_prepared_layer_knows_that_its_scaled_columns_were_trained(base: Base) -> None:
+    method = get_method("spectral-rotation")
+    bands = frozen_tensors(method, base.weights(), 2, Slot.interval(4, 6))
+    scales = {layer: torch.tensor([2.0, 5.0]) for layer in bands}
+    adapter = inject_adapter(base.models, AdapterSpec(method, 2), "one", bands, scales)
+    outputs(base)
+    layer = next(iter(adapter.layers.values()))
+    with torch.no_grad():
+        assert "one" in layer.prepared and not layer.factors("one", cached=True).delta().any()
+        stir(adapter)
+        assert torch.equal(layer.factors("one", cached=True).delta(), layer.factors("one").delta())
+        assert layer.factors("one", cached=True).delta().any()
+
+
 def test_psoft_is_pefts_psoft() -> None:
     """With exact Cayley maps, the same columns, and both scales."""
     from peft import PsoftConfig, get_peft_model

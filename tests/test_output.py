@@ -102,6 +102,35 @@ def test_resume_with_nothing_to_resume_says_so(train: Train, output: Path) -> No
     assert output.read_bytes() != before
 
 
+def test_early_stopping_is_a_setting_that_decides(train: Train, output: Path, config: TrainConfig) -> None:
+    shown = {"every": 2, "prompts": ["a photo of {}"], "scales": [1.0], "num_inference_steps": 2}
+    stopping = {**shown, "early_stopping_patience": 2}
+    train()
+    notes: list[str] = []
+    train(notes=notes, resume=True, validation=shown)  # what is only shown changes nothing
+    assert notes[-1] == f"{output} is done already."
+    with pytest.raises(UserError, match=r"made with validation.early_stopping_patience=0, now it is 2"):
+        train(resume=True, validation=stopping)
+    train(validation=stopping)
+    with pytest.raises(UserError, match=r"made with validation.seed=0, now it is 1"):
+        train(resume=True, validation={**stopping, "seed": 1})
+    train(notes=notes, resume=True, validation={**stopping, "model_card": True})
+    assert notes[-1] == f"{output} is done already."
+
+
+def test_a_page_that_a_person_wrote_is_not_replaced_by_a_card(train: Train, output: Path) -> None:
+    output.parent.mkdir(parents=True)
+    card = output.with_suffix(".md")
+    card.write_text("# My notes\n")
+    with pytest.raises(UserError, match=r"rex\.md was not written by this program"):
+        train(validation={"model_card": True})
+    assert card.read_text() == "# My notes\n" and not output.exists()
+    card.unlink()
+    for _ in range(2):  # the second replaces the first one's card
+        train(validation={"model_card": True})
+    assert "spectral-adapter" in card.read_text()
+
+
 def test_a_slot_for_a_method_without_one_is_told(train: Train) -> None:
     notes: list[str] = []
     train(notes=notes, method="lora", slot="3", steps=1)

@@ -222,6 +222,12 @@ def test_bad_input_is_one_sentence(pairs: Path, tiny_base: Path, tmp_path: Path)
     refused("exists and is not a folder of train-control", output=pairs)
     refused("exists and is not a folder of train-control", output=tiny_base / "unet")
     refused("Cannot write", output=pairs / "0.png" / "out")
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text("{}")
+    (ours / "settings.yaml").write_text("kind: sketch\n")
+    (ours / "notes.txt").write_text("mine")
+    refused("ours holds notes.txt, which would be lost", output=ours)
     sketch = pairs / "sketch" / "1.png"
     ImageOps.expand(Image.open(sketch), (0, 0, 5, 0)).save(sketch)
     refused("1.png has 29×20 pixels, 1.png 24×20: .* same proportions")

@@ -139,6 +139,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return parameters
         return {name: value * scales if value.dim() == 2 else value for name, value in parameters.items()}
 
+    def versions(self, adapter: str) -> list[int]:
+        """How often each of an adapter's parameters was written in place."""
+        return [value._version for value in self.parameters_of(adapter).values()]
+
     def frozen_of(self, adapter: str) -> dict[str, Tensor]:
         """The frozen tensors under the method's names; the weight itself is read in place, never copied."""
         frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
@@ -169,8 +173,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             # preparation may be freed already. It prepares its own then.
             del self.prepared[adapter]
             prepared = None
-        versions = [value._version for value in parameters.values()]
-        if prepared and prepared.versions == versions and prepared.grad == torch.is_grad_enabled():
+        if prepared and prepared.versions == self.versions(adapter) and prepared.grad == torch.is_grad_enabled():
             return prepared.tensors
         return method.prepare(parameters, self.frozen_of(adapter))
 
@@ -405,7 +408,7 @@ class BatchedPreparation:
             for position, index in enumerate(indices):
                 layers[index].prepared[self.adapter] = Prepared(
                     {name: values[position] for name, values in prepared.items()},
-                    [value._version for value in each[index].values()],
+                    layers[index].versions(self.adapter),
                     torch.is_grad_enabled(),
                 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..core.errors import UserError
-from ..core.files import atomic, parse_json, read_text, write_json, write_text
+from ..core.files import atomic, parse_json, read_text, refuse_overwriting_page, write_json, write_text
 from ..core.machine import made_on, record_provenance
 from ..core.names import slug
 from ..core.paths import without_folders
@@ -25,6 +25,8 @@ from .measure import ABOUT, row_of
 from .suite import BoardSuite
 
 RESULTS = "results"
+PAGE = "README.md"
+TITLE = "# Board: "  # of every page, by which an earlier one is known
 
 
 def result_file(folder: Path, entry: BoardEntry, suite: BoardSuite) -> Path:
@@ -139,6 +141,15 @@ def safe(text: object) -> str:
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
 
 
+def check_page(folder: Path) -> None:
+    """Refuse a folder whose page a person wrote; call before measuring.
+
+    Raises:
+        UserError: it is one.
+    """
+    refuse_overwriting_page(folder / PAGE, TITLE)
+
+
 def write_page(folder: Path, suite: BoardSuite, tasks: str = "") -> Path:
     """``README.md`` of a folder of results: a table per number of concepts, the best first, and every sheet.
 
@@ -154,7 +165,7 @@ def write_page(folder: Path, suite: BoardSuite, tasks: str = "") -> Path:
     if not found:
         raise UserError(f"{folder / RESULTS} has no results of the suite {suite.name}; make some with board run.")
     found, others = comparable(found, tasks)
-    lines = [f"# Board: {suite.name}", "", explanation(suite), ""]
+    lines = [f"{TITLE}{suite.name}", "", explanation(suite), ""]
     if others:
         lines += [f"Left out, as measured on another base, photos or settings: {', '.join(map(safe, others))}.", ""]
     for count in sorted({count for result in found for count in result["rows"]}):
@@ -178,7 +189,8 @@ def write_page(folder: Path, suite: BoardSuite, tasks: str = "") -> Path:
             name = safe(result["entry"]["name"])
             lines += [f"**{name}**, {result['sheet']} concepts", "", f"![{name}]({RESULTS}/{result['file']}.png)", ""]
     lines += ["", f"Made on {safe('; '.join(sorted(set().union(*(result['machines'] for result in found)))))}."]
-    path = folder / "README.md"
+    path = folder / PAGE
+    check_page(folder)
     write_text(path, "\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
     return path
 

@@ -121,7 +121,13 @@ class CommandPainter:
             words = [part.replace("{job}", str(folder / "job.json")) for part in self.command]
             try:
                 done = subprocess.run(
-                    words, cwd=self.folder, capture_output=True, text=True, timeout=self.timeout, check=False
+                    words,
+                    cwd=self.folder,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=self.timeout,
+                    check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise UserError(f"The entry's command could not run to its end: {error}.") from error

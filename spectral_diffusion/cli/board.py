@@ -44,10 +44,11 @@ def board_run(
     from ..board.contestant import Contestant
     from ..board.entry import read_entry
     from ..board.measure import Board
-    from ..board.page import tasks_key, write_page
+    from ..board.page import check_page, tasks_key, write_page
     from ..board.suite import read_suite
     from ..studies.runner import StudyRunner
 
+    check_page(output)
     tasks = read_suite(suite, base=base, folder=concepts, counts=_counts(n))
     entries = [read_entry(path) for path in entry]
     if twice := {e.slug for e in entries if [o.slug for o in entries].count(e.slug) > 1}:

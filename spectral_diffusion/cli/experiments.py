@@ -43,7 +43,7 @@ def experiment(
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
-    from ..studies.report import read_records, write_findings
+    from ..studies.report import check_page, read_records, write_findings
     from ..studies.runner import study_settings
 
     if name is None and not repeat:
@@ -58,6 +58,8 @@ def experiment(
         return
     assert name is not None
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
+    for study in studies:
+        check_page(study, output, quick)
     settings = study_settings(recipe, quick, base)
     if executor:
         _submit(name, [study.name for study in studies], output, executor, cluster, jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,11 +168,13 @@ def tune(
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, prior_weights)]
     except ValueError as error:
         raise UserError("--strengths and --prior-weights take numbers with commas, such as 0.5,0.8,1.") from error
+    if not tries[0] or not all(math.isfinite(value) for values in tries for value in values):
+        raise UserError("--strengths needs at least one number, and all have to be finite, such as 0.5,0.8,1.")
     from ..merging.manifest import adapters_in_fusion
     from ..merging.search import search_scales
     from ..models.loading import load_base
 
-    loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
+    loaded = [adapter for file in settings.adapters for adapter in adapters_in_fusion(file)]
     base = load_base(settings.base or loaded[0].base, settings.device, settings.dtype)
     with job_hooks() as hooks:
         quiet = replace(hooks, notify=ignore)  # what a fusion notes would be said of every candidate, and in the JSON
@@ -187,9 +190,10 @@ def tune(
     best = candidates[0]
     each = {candidate.name: best.scale * settings.scales.get(candidate.name, 1.0) for candidate in loaded}
     names = " ".join(f"--strength {name}={value:g}" for name, value in each.items())
-    settings_text = " ".join([*overrides, f"calibration.prior_weight={best.prior_weight:g}"])
+    others = [override for override in overrides if not override.startswith("adapters=")]
+    settings_text = " ".join([*others, f"calibration.prior_weight={best.prior_weight:g}"])
     where = f" --base {flags['base']}" if "base" in flags else ""
-    echo(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {settings_text}")
+    echo(f"Best: fuse {' '.join(map(str, settings.adapters))}{where} --merge {settings.merge} {names} {settings_text}")
 
 
 def unfuse(

@@ -192,6 +192,21 @@ def refuse_overwriting_settings(path: Path) -> None:
         )
 
 
+def refuse_overwriting_page(path: Path, mark: str) -> None:
+    """Refuse to write a page or card over one that a person wrote.
+
+    Args:
+        mark: a text that every page of ours of this kind has.
+
+    Raises:
+        UserError: there is one, or a folder.
+    """
+    if not exists(path):
+        return
+    if not is_file(path) or mark not in path.read_text("utf-8", "replace"):
+        raise UserError(f"{path} was not written by this program, and would be lost, unless it is renamed.", ELSEWHERE)
+
+
 def write_settings(path: Path, text: str) -> None:
     """Write resolved settings, in YAML; :func:`refuse_overwriting_settings` knows them by their first line."""
     write_text(path, RESOLVED + text)

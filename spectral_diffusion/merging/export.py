@@ -230,6 +230,9 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
             "diffusers does not read kohya's names of this base's layers; for it, choose diffusers or comfyui."
         )
     factors = original_layers(factors, names) if names else factors
+    factors = {layer: pair for layer, pair in factors.items() if len(pair.down)}  # a pruned layer changes nothing
+    if not factors:
+        raise UserError(f"'{source.title}' changes no weight, so there is no LoRA to write.")
     if kind == "diffusers":
         tensors = diffusers_tensors(factors, source.kernels, dtype)
     elif kind == "comfyui" and names:

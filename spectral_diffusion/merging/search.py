@@ -19,6 +19,7 @@ from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import add_words, enabled_adapters
 from ..config.fuse import DistillConfig, MergeConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
+from ..core.errors import UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
@@ -125,8 +126,11 @@ def search_scales(
     reported, and only then fuse those.
 
     Raises:
-        UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
+        UserError: no scale is given, an adapter does not belong on this base, two share a name or a token, or the merge
+            is not for them.
     """
+    if not scales:
+        raise UserError("There is no scale to try.")
     check_together(adapters, config.scales)
     config = config.model_copy(update={"distill": DistillConfig()})  # merges are compared, before any distillation
     grid = [

@@ -10,11 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from ..core.errors import UserError
-from ..core.files import atomic, parse_json, read_text, write_json, write_text
+from ..core.files import atomic, parse_json, read_text, refuse_overwriting_page, write_json, write_text
 from ..core.machine import made_on, record_provenance
 from ..evaluation.tables import markdown
 from .registry import Findings, Study
 from .runner import Figures, StudyRunner
+
+MADE_BY = "Made by `"  # in every page, by which an earlier one is known
 
 
 def heading(study: Study) -> str:
@@ -36,7 +38,7 @@ def page(study: Study, findings: Findings, quick: bool, title: str, how: str) ->
     for table in findings.tables:
         parts += [f"## {table.title}", markdown(table.rows)]
     parts += [f"![{name}]({title}-{name}.png)" for name in findings.pictures]
-    parts.append(f"Made by `{how}`." + (" The quick form shows that it runs; it proves nothing." if quick else ""))
+    parts.append(f"{MADE_BY}{how}`." + (" The quick form shows that it runs; it proves nothing." if quick else ""))
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,6 +106,16 @@ def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> st
         return study.name
     more = not was_quick and missing < len(findings.missing)
     return f"{study.name}-unfinished" if more else study.name
+
+
+def check_page(study: Study, folder: Path, quick: bool) -> None:
+    """Refuse a folder in which a study's page would replace one that a person wrote; call before measuring.
+
+    Raises:
+        UserError: so it would.
+    """
+    for title in (f"{study.name}-quick",) if quick else (study.name, f"{study.name}-unfinished"):
+        refuse_overwriting_page(folder / f"{title}.md", MADE_BY)
 
 
 def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: Path, quick: bool, how: str) -> Path:

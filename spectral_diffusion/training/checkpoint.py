@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attach import InjectedAdapter
-from ..config.train import TrainConfig
+from ..config.train import TrainConfig, ValidationConfig
 from ..core.cache import DIGEST, digest
 from ..core.errors import Fix, UserError
 from ..core.files import parse_json, read_header, read_tensors, write_tensors
@@ -168,6 +168,11 @@ def comparable_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but paths, what is shown and how often states are saved."""
     settings = config.model_dump(mode="json", exclude=set(APART))
     settings["data"].pop("latents_cache_dir")
+    # Validation shows and records, but for when it stops the training.
+    stopping = config.validation.early_stopping_patience
+    shown = {"early_stopping_patience", "log_with", "model_card"} if stopping else set(ValidationConfig.model_fields)
+    deciding = config.validation.model_dump(mode="json", exclude=shown)
+    settings["validation"] = {"early_stopping_patience": stopping, **deciding}
     settings["interference"]["earlier_adapters"] = [path.name for path in config.interference.earlier_adapters]
     settings["joint_concepts"] = [folder.name for folder in config.joint_concepts]
     return settings

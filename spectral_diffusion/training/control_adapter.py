@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import T2IAdapter
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..config.control import ControlConfig
 from ..config.settings import read_yaml, to_yaml
 from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError
-from ..core.files import atomic_folder, check_writable, write_text
+from ..core.files import atomic_folder, check_only, check_writable, write_text
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
@@ -76,6 +77,7 @@ def prepare_control_output(output: Path, resume: bool, hooks: Hooks) -> None:
     state = control_state_path(output)
     if output.exists() and not is_our_t2i_adapter(output):
         raise UserError(f"{output} exists and is not a folder of train-control.", ELSEWHERE)
+    check_only(output, {SETTINGS, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME})
     check_writable(output)
     if state.exists() and not resume:
         step = step_of(state)

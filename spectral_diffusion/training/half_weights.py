@@ -40,9 +40,9 @@ def half_weights(network: nn.Module, precision: MixedPrecision) -> Iterator[None
     instead of half of it less. The float32 ones wait in main memory and come back in the end.
     """
     whole = [(parameter, parameter.data.cpu(), parameter.device) for parameter in halvable(network)]
-    for parameter, _, _ in whole:
-        parameter.data = parameter.data.to(DTYPES[precision])
     try:
+        for parameter, _, _ in whole:
+            parameter.data = parameter.data.to(DTYPES[precision])
         yield
     finally:
         for parameter, data, device in whole:

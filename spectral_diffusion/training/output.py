@@ -10,12 +10,13 @@ from typing import Any
 
 from filelock import Timeout
 
+from ..adapters.formats.card import MARK
 from ..adapters.formats.native import is_native
 from ..config.presets import with_rates
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core.errors import ELSEWHERE, Fix, UserError
-from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_settings
+from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_page, refuse_overwriting_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.locks import ProcessLock
 from ..core.paths import without_folders
@@ -75,6 +76,8 @@ def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, ho
     check_writable(output)
     refuse_other_output(output)
     refuse_overwriting_settings(output.with_suffix(".yaml"))
+    if config.validation.model_card:
+        refuse_overwriting_page(output.with_suffix(".md"), MARK)
     if state.exists():
         if not (resume or force):
             step = step_of(state)

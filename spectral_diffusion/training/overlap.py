@@ -25,6 +25,7 @@ from ..models.base import Base
 from .checkpoint import load_state
 from .output import STATE, concept_in, state_path
 
+DEAD = 1e-12  # |ΔW| below it is no change: a layer that a schedule pruned, or that was never trained
 SHARED = 1e-5  # of the largest singular value: below it directions of two adapters are the same
 
 
@@ -53,11 +54,14 @@ def earlier_spaces(adapters: Sequence[Adapter], weights: Mapping[str, Tensor]) -
         changes = [
             Factors(*(part.detach().cpu().float() for part in adapter.factors(layer, weight))) for adapter in having
         ]
+        changes = [change for change in changes if frobenius_norm(change) > DEAD]
+        if not changes:
+            continue
         energy = sum(frobenius_norm(change) ** 2 for change in changes)
         outputs = joint_space([Factors(change.down.mT, change.up.mT) for change in changes])
         inputs = joint_space(changes)
         narrow = outputs.shape[1] < len(outputs) and inputs.shape[1] < len(inputs)
-        if energy and narrow:  # where they use every direction there is none to turn to
+        if narrow:  # where they use every direction there is none to turn to
             spaces[layer] = EarlierSpaces(outputs.float(), inputs.float(), energy / len(changes))
     return spaces
 

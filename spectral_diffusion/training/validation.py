@@ -72,20 +72,23 @@ def validation_images(
     denoiser = base.denoiser
     # Without text encoders: prompts come encoded, and the pipeline would take the encoders' precision for its own.
     pipe = denoiser.make_pipeline(denoiser.scheduler("dpm"), text_encoders=False)
-    slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
     prompts = [prompt.replace("{}", subject) for prompt in config.prompts]
+    seeds = [config.seed + row for row in range(len(prompts))]
     columns = []
-    for strength in config.scales:
-        with torch.no_grad(), torch.random.fork_rng([]), at_strength(injected, strength):
-            options = denoiser.embedding_options(encoder(prompts), encoder([""] * len(prompts)))
-            with network_autocast(denoiser, precision), denoiser.sampling():
-                images = pipe(
-                    width=encoder.size, height=encoder.size, num_inference_steps=config.num_inference_steps,
-                    generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
-                    **options, **denoiser.guidance_options(config.guidance_scale),
-                ).images  # fmt: skip
-            columns.append([on_white(image) for image in images])
-    pipe.vae.use_slicing = slicing
+    slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
+    try:
+        for strength in config.scales:
+            with torch.no_grad(), torch.random.fork_rng([]), at_strength(injected, strength):
+                options = denoiser.embedding_options(encoder(prompts), encoder([""] * len(prompts)))
+                with network_autocast(denoiser, precision), denoiser.sampling():
+                    images = pipe(
+                        width=encoder.size, height=encoder.size, num_inference_steps=config.num_inference_steps,
+                        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                        **options, **denoiser.guidance_options(config.guidance_scale),
+                    ).images  # fmt: skip
+                columns.append([on_white(image) for image in images])
+    finally:
+        pipe.vae.use_slicing = slicing
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -28,6 +28,8 @@ from ..adapter import Adapter, check_finite
 
 FORMAT = "spectral_diffusion"
 FORMAT_VERSION = "3"
+LARGEST = 2**17  # features of a layer: beyond any model, and a file that claims more would fill the memory
+LARGEST_RANDOM = 2**15  # where they alone decide the size of random matrices
 
 
 def content_hash(adapter: Adapter) -> str:
@@ -193,7 +195,8 @@ def _check_shapes(adapter: Adapter) -> None:
         raise ValueError("a kernel has a wrong shape")
     known = set()
     for layer, (out, inside) in adapter.sizes.items():
-        if not 0 < out * inside <= 2**40:
+        most = LARGEST_RANDOM if method.builds_on == "random" else LARGEST
+        if not (0 < out <= most and 0 < inside <= most):
             raise ValueError(f"{layer} has a wrong size")
         for name, shape in method.shapes(out, inside, rank).items():
             known.add(f"{layer}.{name}")
