@@ -217,6 +217,38 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     assert [one["interactive"] for one in handlers.about_distillation(WHOLE)[1:]] == [False, False]
 
 
+def test_taking_out_and_fusions_of_programs_are_stopped(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio")
+    from spectral_diffusion.app.page import Page
+    from spectral_diffusion.app.tabs.fuse import FuseHandlers
+
+    nothing: Any = None
+    handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 9)), SimpleNamespace(session_hash="me")
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
+    take, stop, ticket = handlers.begin_taking(visitor)
+    assert not take.interactive and stop.visible
+    take, stop, line = handlers.stop_taking(visitor)
+    assert take.interactive and not stop.visible and "while it waited" in line
+    assert all("value" not in update for update in handlers.take_out(ticket, "pair", "mug", "rest"))
+
+    def at_work(name: str, work: Any, press: Any) -> None:
+        """Press Stop as soon as the base is loaded."""
+        monkeypatch.setattr(name, lambda *given, **more: press() and work(*given, **more))
+
+    *_, ticket = handlers.begin_taking(visitor)
+    from spectral_diffusion.merging import fuse, unfuse
+
+    at_work(f"{unfuse.__name__}.load_base", load_base, lambda: handlers.stop_taking(visitor))
+    with pytest.raises(Exception, match="Stopped; nothing was saved"):
+        handlers.take_out(ticket, "pair", "mug", "rest", lambda *given, **more: None)  # type: ignore[arg-type]
+    assert handlers.taking_done(ticket, visitor)[0].interactive
+    assert handlers.cancel_for_program(visitor) == "Nothing was being fused."
+    at_work(f"{fuse.__name__}.load_base", load_base, lambda: handlers.cancel_for_program(visitor) == "Stopping.")
+    with pytest.raises(Exception, match="Stopped; nothing was saved"):
+        handlers.fuse(["rex", "mug"], "other", request=visitor)
+    assert not handlers.saves.busy("me") and bases.fused_names(workspace) == ["pair"]
+
+
 def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
     before = set(workspace.root.rglob("*"))
     found = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
@@ -289,7 +321,7 @@ def test_a_taken_name_is_replaced_only_on_demand(workspace: Workspace, monkeypat
     with pytest.raises(UserError, match="No adapter 'gone'"):
         fusing.fuse_chosen(workspace, ["gone"], "pair", {}, replace=True)
     assert (workspace.fused / "pair" / MANIFEST).read_bytes() == recipe and not list(workspace.trash.glob("*"))
-    monkeypatch.setattr("spectral_diffusion.app.fusing.os.link", _full)  # a disk without second names
+    monkeypatch.setattr("spectral_diffusion.app.trash.os.link", _full)  # a disk without second names
     fusing.fuse_chosen(workspace, ["rex"], "pair", {}, replace=True)
     [kept] = workspace.trash.glob("*/pair")
     assert (kept / MANIFEST).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before

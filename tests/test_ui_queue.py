@@ -154,6 +154,33 @@ def test_stop_goes_on_with_the_next_and_resume_queues_again(queue: Queue) -> Non
         queue.stop(second)
 
 
+def test_a_second_stop_ends_what_the_first_does_not(queue: Queue, workspace: Workspace) -> None:
+    slow = STAND_IN.replace("def stop(*_):", "def stop(number, _):\n    if number == signal.SIGTERM:\n        return")
+    slow = slow.replace("SIGTERM, stop)", "SIGTERM, stop)\nsignal.signal(signal.SIGINT, stop)")
+    queue = Queue(workspace, (sys.executable, "-c", slow))
+    first, _ = queue.enqueue("ann")
+    job = training(queue, first)
+    assert "after the present step" in queue.stop(first)
+    assert job.alive
+    assert "stops at once; Resume begins anew" in queue.stop(first)
+    until(lambda: states(queue) == {"ann": "stopped"})
+
+
+def test_an_adapter_that_is_trained_anew_is_kept_in_the_trash(queue: Queue, workspace: Workspace) -> None:
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    (workspace.adapters / "ann.safetensors").write_bytes(b"an older one")
+    first, _ = queue.enqueue("ann")
+    training(queue, first)
+    (workspace.adapters / "new").write_bytes(b"a newer one")
+    (workspace.adapters / "new").replace(workspace.adapters / "ann.safetensors")
+    [kept] = workspace.trash.iterdir()
+    assert "-ann-" in kept.name and (kept / "ann.safetensors").read_bytes() == b"an older one"
+    end(queue, first, "Odd.")
+    queue.resume(first)
+    training(queue, first)
+    assert [folder.name for folder in workspace.trash.iterdir()] == [kept.name]  # not again at every launch
+
+
 def test_pause_holds_the_queue_until_resume(queue: Queue) -> None:
     first, _ = queue.enqueue("ann")
     queue.enqueue("bob")

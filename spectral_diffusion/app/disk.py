@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..core.errors import UserError
+
+REMEDIES = {  # by the system's number of the error
+    errno.EACCES: "give this user the right to write there",
+    errno.EPERM: "give this user the right to write there",
+    errno.EROFS: "start the app with a workspace on a disk that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def unwritten(where: str, why: str, number: int | None) -> UserError:
+    """What to say of a folder of the workspace that cannot be written; ``number`` is the system's of the error."""
+    remedy = REMEDIES.get(number or errno.ENOSPC, "free some space there")
+    return UserError(f"Cannot write to the workspace's folder {where}: {why}; {remedy}.")
 
 
 @contextmanager
@@ -21,5 +35,4 @@ def disk_errors_as_sentence(where: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
-        reason = cause.strerror or str(cause)
-        raise UserError(f"Cannot write to the workspace's folder {where}: {reason}; free some space there.") from error
+        raise unwritten(where, cause.strerror or str(cause), cause.errno) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,27 +187,18 @@ def estimate(workspace: Workspace, chosen: Sequence[str] | None, **changes: Any)
 @contextmanager
 def _kept(workspace: Workspace, name: str) -> Iterator[None]:
     """Keep a fusion that is about to be replaced in the trash; if the new one fails, it is restored."""
-    from .trash import discard
+    from .trash import keep
 
     if name not in fused_folders(workspace):
         yield
         return
-    trash_folder = discard(workspace, name, [])
+    trash_folder = keep(workspace, name, [fused_folder(workspace, name)])
     try:
-        shutil.copytree(fused_folder(workspace, name), trash_folder / name, copy_function=_link)
         yield
     except BaseException:
         shutil.rmtree(trash_folder, ignore_errors=True)
         raise
     shutil.rmtree(exports_of(workspace, name), ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link a file; copy it where the disk cannot link."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def fusions(workspace: Workspace) -> list[Fusion]:
@@ -250,7 +240,8 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
 
     notes: list[str] = []
     with giving_back(), errors_in_app(workspace, "fused"):
-        unfuse(folder, [concept], workspace.fused / new, hooks=Hooks(progress=hooks.progress, notify=notes.append))
+        quiet = Hooks(hooks.progress, notes.append, hooks.should_stop)
+        unfuse(folder, [concept], workspace.fused / new, hooks=quiet)
     messages = [in_app(note, workspace) for note in notes]
     exactly = "" if messages else ", as if it had never been in"
     return "\n".join([*messages, f"Saved '{new}': '{name}' without {concept}{exactly}."])

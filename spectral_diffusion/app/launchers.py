@@ -52,8 +52,8 @@ class Launcher(Protocol):
         """Whether a running job has not ended, by what was learnt last."""
         ...
 
-    def stop(self, job: QueueJob) -> None:
-        """Ask a running job to save its state and end."""
+    def stop(self, job: QueueJob, at_once: bool = False) -> None:
+        """Ask a running job to save its state and end; ``at_once`` one that was asked: it ends without saving."""
         ...
 
     def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
@@ -104,11 +104,11 @@ class Here:
             return True
         return time.time() - job.record.launched < LAUNCH
 
-    def stop(self, job: QueueJob) -> None:
+    def stop(self, job: QueueJob, at_once: bool = False) -> None:
         """See :class:`Launcher`."""
         if job.alive:
             with suppress(ProcessLookupError):
-                os.kill(job.record.pid, signal.SIGTERM)
+                os.kill(job.record.pid, signal.SIGINT if at_once and os.name == "posix" else signal.SIGTERM)
 
     def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
         """See :class:`Launcher`."""
@@ -193,8 +193,8 @@ class OnCluster:
             return True
         return False
 
-    def stop(self, job: QueueJob) -> None:
-        """See :class:`Launcher`.
+    def stop(self, job: QueueJob, at_once: bool = False) -> None:
+        """See :class:`Launcher`; the cluster itself ends what does not stop in its time.
 
         Raises:
             UserError: the cluster does not answer.

@@ -27,6 +27,7 @@ from .jobs import QueueJob, Record, moving, read_job, trim
 from .launchers import CLUSTER, Here, Launcher, OnCluster
 from .presets import train_settings
 from .sentences import in_app, rendered
+from .trash import keep
 from .workspace import Workspace, pick, sentence_of, visible
 
 BUSY, IDLE = (
@@ -140,7 +141,7 @@ class Queue:
         return ids[0], self.resume(ids[0])
 
     def stop(self, name: str | None, wish: str = "stop") -> str:
-        """Stop a job and keep its state; the queue continues with the next. A second request stops it at once.
+        """Stop a job and keep its state; the queue continues with the next. A second such request stops it at once.
 
         Args:
             wish: ``stop``, or ``pause``, which keeps the queue waiting until the job is resumed.
@@ -155,13 +156,18 @@ class Queue:
                 job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
                 message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
+                again = job.record.wish == wish
                 job = job.write(wish=wish)
                 try:
-                    self._launcher(job).stop(job)
+                    self._launcher(job).stop(job, at_once=again)
                 except UserError:
                     job.write(wish="")  # nothing was stopped
                     raise
-                if job.steps_done or self.resumable(job):
+                if again and self.resumable(job):
+                    message = "stops at once; Resume goes on from its last saved state"
+                elif again:
+                    message = "stops at once; Resume begins anew"
+                elif job.steps_done or self.resumable(job):
                     message = "keeps its state and stops after the present step; Resume goes on from there"
                 else:
                     message = "stops before its first step; Resume begins anew"
@@ -299,7 +305,10 @@ class Queue:
             launches=job.record.launches + 1,
         )  # fmt: skip
         options = [str(folder), "--config", str(job.settings), "--status", str(job.status_file)]
-        done = job.output(self.workspace.adapters).exists()  # of an earlier training; --resume would keep it
+        output = job.output(self.workspace.adapters)
+        done = output.exists()  # of an earlier training; --resume would keep it
+        if done and job.record.launches == 1:
+            keep(self.workspace, job.record.concept, [output])
         if job.record.launches > 1 and (self.resumable(job) or not done):
             options.append("--resume")
         try:

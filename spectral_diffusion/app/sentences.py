@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from ..core.errors import Fix, UserError, reason
+from .disk import unwritten
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -74,19 +75,19 @@ def errors_in_app(workspace: Workspace, folder: str) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, SafetensorError) as error:
-        if why := _unwritten(error):
-            raise UserError(
-                f"Cannot write to the workspace's folder {folder}: {why}; free some space there."
-            ) from error
+        why, number = _unwritten(error)
+        if why:
+            raise unwritten(folder, why, number) from error
         if not isinstance(error, UserError):
             raise
         raise UserError(in_app(rendered(error), workspace)) from error
 
 
-def _unwritten(error: BaseException | None) -> str:
-    """Why a file could not be written; empty for other errors."""
+def _unwritten(error: BaseException | None) -> tuple[str, int | None]:
+    """Why a file could not be written, and the system's number of that; empty for other errors."""
     if isinstance(error, UserError):
-        return _unwritten(error.__cause__) if error.message.startswith("Cannot write") else ""
+        return _unwritten(error.__cause__) if error.message.startswith("Cannot write") else ("", None)
     if isinstance(error, OSError):
-        return error.strerror or reason(error)
-    return reason(error).rpartition(": ")[2] if error and "Error while serializing" in str(error) else ""
+        return error.strerror or reason(error), error.errno
+    serialized = error is not None and "Error while serializing" in str(error)
+    return (reason(error).rpartition(": ")[2] if error and serialized else ""), None

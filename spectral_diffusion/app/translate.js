@@ -146,7 +146,7 @@
   }
   // --- what screen readers are to say when it changes
   const SPOKEN = [
-    "generate-status", "train-said", "concepts-added", "concepts-result",
+    "generate-status", "train-said", "concepts-added", "concepts-result", "fuse-result", "fuse-saved-result",
   ];
   function speak() {
     for (const id of SPOKEN) {

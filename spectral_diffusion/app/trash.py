@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -53,6 +54,34 @@ def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
             if path.exists() or path.is_symlink():
                 path.rename(folder / path.name)
     return folder
+
+
+def keep(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
+    """Keep what is about to be replaced: a copy of it in a new folder of the trash, which is returned.
+
+    Raises:
+        UserError: it cannot be copied.
+    """
+    with disk_errors_as_sentence(".trash"):
+        folder = discard(workspace, what, [])
+        try:
+            for path in paths:
+                if path.is_dir():
+                    shutil.copytree(path, folder / path.name, copy_function=_link)
+                elif path.exists():
+                    _link(path, folder / path.name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Hard-link a file, which is replaced and never written in place; copy it where the disk cannot link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def empty(workspace: Workspace, older_than: float = DAYS, now: float | None = None) -> str:

@@ -54,6 +54,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     _wire_bench(bench, handlers, page, lists)
     _wire_saved(saved, handlers, page, lists)
     gr.api(handlers.fuse, api_name="fuse", **DEVICE)
+    gr.api(handlers.cancel_for_program, api_name="cancel_fuse", queue=False)
 
 
 def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
@@ -101,11 +102,15 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
 def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
     saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file, saved.sure], **PRIVATE)
     saved.use.click(handlers.generate_with, saved.which, [page.base, page.tabs], **PRIVATE)
-    taking = saved.take.click(
-        handlers.take_out, [saved.which, saved.concept, saved.new], [saved.result, saved.which],
-        show_progress_on=saved.result, **DEVICE, **HIDDEN,
+    buttons, ticket = [saved.take, saved.stop], gr.Textbox(visible=False)  # see the generate tab
+    taking = saved.take.click(handlers.begin_taking, None, [*buttons, ticket], queue=False, **PRIVATE).then(
+        handlers.take_out, [ticket, saved.which, saved.concept, saved.new], [saved.result, saved.which],
+        show_progress_on=saved.result, trigger_mode="multiple", **DEVICE, **HIDDEN,
     )  # fmt: skip
+    taking.success(handlers.taking_done, gr.State(""), buttons, queue=False, **PRIVATE)
+    taking.failure(handlers.taking_done, ticket, buttons, queue=False, **PRIVATE)
     taking.success(**lists)
+    saved.stop.click(handlers.stop_taking, None, [*buttons, saved.result], queue=False, **PRIVATE)
     saved.pack.click(
         handlers.download, [saved.which, saved.kind], [saved.file, saved.result], show_progress_on=saved.result,
         **DEVICE, **HIDDEN,
@@ -126,6 +131,16 @@ def ready(yes: bool) -> list[Any]:
     return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
+def lines(message: str) -> str:
+    """A message of several lines for the page."""
+    return plain_html(message).replace("\n", "\n\n")
+
+
+def ready_to_take(yes: bool) -> list[Any]:
+    """The states of Take it out and its Stop: ``yes`` while nothing is taken out."""
+    return [gr.Button(interactive=yes), gr.Button(visible=not yes)]
+
+
 def changes_for(merge: str, distill: int | str, options: str, prior_weight: float | None) -> dict[str, Any]:
     """The fields as changes of a fusion's settings; the preset has its own merge."""
     if distill == WHOLE:
@@ -138,7 +153,7 @@ class FuseHandlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
-        self.compares, self.saves = CancelTokens(), CancelTokens()
+        self.compares, self.saves, self.takes = CancelTokens(), CancelTokens(), CancelTokens()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
         """The adapters and saved fusions, with all that depends on them."""
@@ -220,6 +235,25 @@ class FuseHandlers:
             return [gr.skip()] * 4
         return [*ready(True), NOT_BEGUN]
 
+    def cancel_for_program(self, request: gr.Request) -> str:
+        """Stop the fusions that this client has asked for; returns a message."""
+        return "Stopping." if self.saves.stop(request.session_hash or "") else "Nothing was being fused."
+
+    def begin_taking(self, request: gr.Request) -> list[Any]:
+        """Register the taking out of a concept, which can be stopped from now on; the last value is its ticket."""
+        return [*ready_to_take(False), self.takes.begin(request.session_hash or "")]
+
+    def taking_done(self, ticket: str, request: gr.Request) -> list[Any]:
+        """A concept is taken out, or it failed before it began."""
+        self.takes.end(ticket)
+        return ready_to_take(not self.takes.busy(request.session_hash or ""))
+
+    def stop_taking(self, request: gr.Request) -> list[Any]:
+        """Stop the taking out; one that waits ends here."""
+        if self.takes.stop(request.session_hash or ""):
+            return [gr.skip()] * 3
+        return [*ready_to_take(True), NOT_BEGUN]
+
     def left(self, request: gr.Request) -> None:
         """The browser has disconnected."""
         self.gone(request.session_hash or "")
@@ -231,8 +265,14 @@ class FuseHandlers:
     @contextmanager
     def _run(self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress) -> Iterator[Hooks]:
         """The hooks of a run that its browser can stop."""
-        try:
+        with self._stoppable(runs, ticket):
             yield Hooks(progress=cancellable(stop, teller(progress), STOPPED), should_stop=stop.is_set)
+
+    @contextmanager
+    def _stoppable(self, runs: CancelTokens, ticket: str) -> Iterator[None]:
+        """Say in a sentence that a run was stopped, and forget its ticket in the end."""
+        try:
+            yield
         except Cancelled as stopped:
             raise UserError(STOPPED) from stopped
         finally:
@@ -288,7 +328,7 @@ class FuseHandlers:
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
             with self._run(self.saves, ticket, stop, progress) as hooks:
                 message = fusing.fuse_chosen(self.workspace, chosen, name, strengths or {}, hooks, replace, **changes)
-        return message, hand(bases.FUSED + name), name, gr.Button(visible=True)
+        return lines(message), hand(bases.FUSED + name), name, gr.Button(visible=True)
 
     @asked
     def fuse(
@@ -300,19 +340,23 @@ class FuseHandlers:
         merge: str = "",
         replace: bool = False,
         distill: int = 0,
+        request: gr.Request | None = None,
     ) -> str:
         """Fuse adapters into one checkpoint of the workspace, and distill it for ``distill`` steps.
 
         ``strength`` is 0.8, or rex=0.8, brew=1.2; ``merge`` is by default that of the base's preset; ``options`` are
         the merge's own, such as density=0.3.
         """
-        with errors_as_toast():
+        ticket = self.saves.begin((request and request.session_hash) or "")
+        stop = self.saves.take(ticket) or threading.Event()
+        with errors_as_toast(), self._stoppable(self.saves, ticket):
             strengths = fusing.parse_strengths(strength, adapters)
             return fusing.fuse_chosen(
                 self.workspace,
                 adapters,
                 name,
                 strengths,
+                Hooks(should_stop=stop.is_set),
                 replace=replace,
                 options=options,
                 merge=merge,
@@ -338,16 +382,21 @@ class FuseHandlers:
 
     def take_out(
         self,
+        ticket: str,
         which: str | None,
         concept: str | None,
         new: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, Any]:
+    ) -> tuple[Any, Any]:
         """Write the chosen fusion without one concept."""
+        stop = self.takes.take(ticket)
+        if stop is None:  # stopped while it waited, which the page has said
+            return gr.skip(), gr.skip()
         with errors_as_toast():
             progress(0, desc="Fusing the rest")
-            message = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
-        return message, gr.Dropdown(bases.fused_names(self.workspace), value=new.strip())
+            with self._run(self.takes, ticket, stop, progress) as hooks:
+                message = fusing.take_out(self.workspace, which, concept, new, hooks)
+        return lines(message), gr.Dropdown(bases.fused_names(self.workspace), value=new.strip())
 
     def download(
         self,
@@ -359,14 +408,14 @@ class FuseHandlers:
         with errors_as_toast():
             progress(0, desc="Writing the file")
             path, notes = downloads.download(self.workspace, which, kind)
-        return gr.File(value=str(path), visible=True), "\n".join([f"{path.name} is ready.", *notes])
+        return gr.File(value=str(path), visible=True), lines("\n".join([f"{path.name} is ready.", *notes]))
 
     def delete(self, which: str | None, sure: bool) -> tuple[str, bool]:
         """Delete the chosen fusion after confirmation."""
         if not sure:
             return "Tick 'Yes, delete this fusion' first.", False
         with errors_as_toast():
-            return fusing.delete_fusion(self.workspace, which), False
+            return lines(fusing.delete_fusion(self.workspace, which)), False
 
     def _about(self, which: str | None) -> Any:
         saved = next((fusion for fusion in fusing.fusions(self.workspace) if fusion.name == which), None)

@@ -91,7 +91,7 @@ class Bench:
             self.compare = gr.Button("Show before and after", elem_id="fuse-compare")
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
-        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
+        self.result = gr.Markdown(elem_id="fuse-result")
         self.saved = gr.State("")  # the name of the last saved fusion
         self.use = gr.Button("Generate with it", elem_id="fuse-use", visible=False)
 
@@ -138,6 +138,7 @@ class Saved:
                 label="Name of the rest", placeholder="rest", max_lines=1, elem_id="fuse-take-name", min_width=110
             )
             self.take = gr.Button("Take it out", elem_id="fuse-take", min_width=140)
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-take-stop", min_width=100)
         with gr.Row(elem_classes="fuse-line"):
             self.kind = gr.Dropdown(
                 [(text, kind) for kind, text in downloads.KINDS.items()], value="kohya",
@@ -145,4 +146,4 @@ class Saved:
             )  # fmt: skip
             self.pack = gr.Button("Prepare the file", elem_id="fuse-pack", min_width=140)
         self.file = gr.File(label="Download", interactive=False, visible=False, elem_id="fuse-file")
-        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-saved-result")
+        self.result = gr.Markdown(elem_id="fuse-saved-result")
