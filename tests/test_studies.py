@@ -17,12 +17,12 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
-from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.errors import Fix, NotFiniteError, UserError
 from spectral_diffusion.core.files import write_json
 from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
-from spectral_diffusion.studies import continual, fusion, scenes, sorting
+from spectral_diffusion.studies import continual, fusion, runner, scenes, sorting
 from spectral_diffusion.studies.capacity import jobs
 from spectral_diffusion.studies.fusion import (
     FAMILIES,
@@ -58,6 +58,7 @@ from spectral_diffusion.studies.runner import (
     TEST_CONCEPTS,
     TUNING_CONCEPTS,
     WIDER,
+    NotMeasured,
     StudyRunner,
     TimeOver,
     study_settings,
@@ -281,6 +282,30 @@ def test_a_sweep_goes_on_beyond_an_edge() -> None:
     rate, values = widened(peak_at(1 / 16), (0.25, 1.0, 4.0))
     assert rate == 1 / 16 and next(iter(values)) == 1 / 64
     assert len(widened(peak_at(1e9), (0.25, 1.0, 4.0))[1]) == 3 + WIDER  # no end of it is no reason to go on for ever
+
+
+def test_a_training_that_diverged_is_not_tried_again_and_one_that_was_stopped_counts_all_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = StudyRunner(folder=tmp_path, settings=study_settings(quick=True))
+    ends: list[BaseException] = [KeyboardInterrupt(), NotFiniteError("It met NaN.", Fix("learning_rate", "lower"))]
+    times = iter([10.0, 14.0, 20.0, 21.0])
+
+    def train(*given: object, **more: object) -> None:
+        raise ends.pop(0)
+
+    monkeypatch.setattr(runner, "train_to_file", train)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: lab.begun)
+    file = lab.adapter_path("rex")
+    monkeypatch.setattr(lab, "check_time", lambda: monkeypatch.setattr(runner.time, "monotonic", lambda: next(times)))
+    with pytest.raises(KeyboardInterrupt):
+        lab.trained("rex")
+    assert json.loads(file.with_name(runner.STOPPED).read_text()) == 4.0
+    with pytest.raises(NotMeasured, match="It met NaN"):
+        lab.trained("rex")
+    with pytest.raises(NotFiniteError, match="It met NaN"):  # from what was written down
+        lab.trained("rex")
+    assert not ends
 
 
 def test_a_rate_that_diverges_is_no_best_one_and_ends_no_sweep() -> None:

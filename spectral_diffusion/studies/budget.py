@@ -17,7 +17,7 @@ from ..metrics.statistics import leading, mean_text
 from ..training.slot_choice import with_rank
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import SEEDS, TEST_CONCEPTS, StudyRunner, TimeOver, scaled, seeded
+from .runner import SEEDS, TEST_CONCEPTS, NotMeasured, StudyRunner, scaled, seeded
 from .speed import METHODS, PLAIN, swept
 
 # Those that the paper compares, and its nearest relatives.
@@ -73,7 +73,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             rate = get_method(method).lr_scale if quick else swept(lab, method)[0]
             measured = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
             gain = measured["identity"] - lab.noun_baseline(name, seed)["identity"]
-        except TimeOver:
+        except NotMeasured:
             late.setdefault(f"{name} at seed {seed}", []).append(f"{method} within {budget:,}")
             continue
         found_gains.setdefault((method, budget), {}).setdefault(seed, []).append(gain)
@@ -109,7 +109,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     if not quick:
         try:
             pictures["grid"] = budget_grid(lab, methods, budgets, changes)
-        except TimeOver:
+        except NotMeasured:
             missing.append("the grid of pictures")
     return Findings(tables, verdict(rows, budgets), pictures, missing)
 

@@ -18,7 +18,7 @@ from ..metrics.statistics import mean_text, share_text
 from .fusion import FusionCell, family_rate, fused_cell
 from .fusion import change_for as family_change
 from .registry import Findings, Row, Table, study
-from .runner import SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver, cell_key, scaled
+from .runner import SEEDS, TEST_CONCEPTS, Figures, NotMeasured, StudyRunner, cell_key, scaled
 from .speed import swept
 
 NAMES = TEST_CONCEPTS[:5]
@@ -107,7 +107,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             else:
                 cell = chain_cell(lab, variant, names, rotation_rate(lab, quick), seed)
             floor = {name: lab.noun_baseline(name, seed)["identity"] for name in names}
-        except TimeOver:
+        except NotMeasured:
             missing.append(f"{variant}, {length} concepts, seed {seed}")
             continue
         cells_of.setdefault((variant, length), []).append({**cell, "floor": floor, "seed": seed})

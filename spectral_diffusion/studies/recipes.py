@@ -21,7 +21,7 @@ from ..models.base import Base
 from .fusion import NARROW, NOTHING, RANK, change_for, drift_of, family_rate, prior_subjects
 from .fusion import sheet_of as tiles
 from .registry import Findings, Row, Table, study
-from .runner import MANY, SEEDS, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, scaled
+from .runner import MANY, SEEDS, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, NotMeasured, StudyRunner, scaled
 
 FAMILY = "spectral, own slots"
 KEPT = {8: 0.95, 16: 0.90}  # the goal: the least share of single-concept identity, by the number of concepts
@@ -253,7 +253,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         try:
             cell = variant_cell(lab, variant, names, 0, quick)
             whole = alone(lab, names, 0, quick)
-        except TimeOver:
+        except NotMeasured:
             missing.append(f"the trial of {variant.kind}, {variant.setting}")
             continue
         share_kept = sum(cell["concepts"][name]["identity"] for name in names) / sum(whole.values())
@@ -271,7 +271,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     shown = [row for row in reported_rows if row["K"] == len(TEST_CONCEPTS)]
     try:
         pictures = {} if quick else {"sheet": variants_sheet(lab, worth_showing(chosen, shown))}
-    except TimeOver:
+    except NotMeasured:
         missing.append("the sheet")
     return Findings(tables, verdict(reported_rows), pictures, missing)
 
@@ -311,7 +311,7 @@ def report(
         try:
             cell = variant_cell(lab, variant, names, seed, quick)
             cells.setdefault(variant.kind, []).append((seed, cell, alone(lab, names, seed, quick)))
-        except TimeOver:
+        except NotMeasured:
             missing.append(f"{variant.kind} at K = {len(names)}, seed {seed}")
             continue
         row = variant_row(variant, cells[variant.kind][-1:], names)

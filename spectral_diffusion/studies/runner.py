@@ -92,6 +92,8 @@ SEEDS = (0, 1)  # of what is reported: intervals come from the concepts, and a t
 SWEEP_CONCEPTS, SWEEP_SEEDS = TUNING_CONCEPTS[:3], (0, 1)  # of every choice of a learning rate
 RATES = (0.4, 1.0, 2.5)  # first trials of a learning rate, as factors on the settings' own; see widened
 TRAINING = 4 * 3600.0  # seconds that another process's training of the same adapter is waited for
+# Beside a cached adapter: the seconds of its training, those of one that was stopped, and why one diverged.
+SECONDS, STOPPED, DIVERGED = "seconds.json", "stopped.json", "diverged.json"
 WIDER = 3  # rates that are tried beyond an edge at most
 
 
@@ -112,8 +114,16 @@ def cell_key(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-class TimeOver(UserError):
+class NotMeasured(UserError):
+    """A part of a study that cannot be measured; the rest of it can."""
+
+
+class TimeOver(NotMeasured):
     """The time limit is reached: nothing new is measured, but cached cells can still be read."""
+
+
+class Diverged(NotMeasured, NotFiniteError):
+    """A training met NaN or infinity. It is not tried again: with the same settings it would meet them again."""
 
 
 @dataclass
@@ -277,23 +287,42 @@ class StudyRunner:
         """An adapter, from the cache if possible, and the seconds that its training took on this machine.
 
         Of several processes with one folder, the first trains it and the others wait.
+
+        Raises:
+            TimeOver: the time limit is reached.
+            Diverged: the training met NaN or infinity, now or before.
         """
         file = self.adapter_path(concept, **change)
-        spent = file.with_name("seconds.json")
+        spent = file.with_name(SECONDS)
+        refuse_diverged(file)
         if not (file.is_file() and spent.is_file()):
             self.check_time()
             file.parent.mkdir(parents=True, exist_ok=True)
             with locked(file.with_name(".training.lock"), TRAINING):
+                refuse_diverged(file)
                 if not (file.is_file() and spent.is_file()):
-                    self._train(concept, change, file, spent)
+                    self._train(concept, change, file)
         return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
 
-    def _train(self, concept: str, change: Mapping[str, Any], file: Path, spent: Path) -> None:
-        """Train an adapter and write the seconds that it took."""
+    def _train(self, concept: str, change: Mapping[str, Any], file: Path) -> None:
+        """Train an adapter and write the seconds that it took, those before it was stopped among them.
+
+        Raises:
+            Diverged: it met NaN or infinity, which is written down.
+        """
         file.unlink(missing_ok=True)  # the run was killed before it wrote its seconds: measure again
+        stopped = file.with_name(STOPPED)
+        before = float(json.loads(read_text(stopped))) if stopped.is_file() else 0.0
         begun = time.monotonic()
-        train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
-        write_json(spent, time.monotonic() - begun)
+        try:
+            train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
+        except NotFiniteError as error:
+            write_json(file.with_name(DIVERGED), error.message)
+            raise Diverged(error.message, *error.fixes) from error
+        except BaseException:
+            write_json(stopped, before + time.monotonic() - begun)
+            raise
+        write_json(file.with_name(SECONDS), before + time.monotonic() - begun)
 
     def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
         """One picture of a token or a noun in each location."""
@@ -363,6 +392,17 @@ class StudyRunner:
 
         method = str(change.get("method", self.settings.get("train", {}).get("method", "")))
         return self.cell("alone", {"concept": concept, "change": without_paths(change), **revised(method)}, compute)
+
+
+def refuse_diverged(file: Path) -> None:
+    """Refuse an adapter whose training met NaN or infinity before.
+
+    Raises:
+        Diverged: so it did.
+    """
+    noted = file.with_name(DIVERGED)
+    if noted.is_file():
+        raise Diverged(str(json.loads(read_text(noted))))
 
 
 def without_paths(change: Mapping[str, Any]) -> dict[str, Any]:

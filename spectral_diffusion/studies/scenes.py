@@ -32,7 +32,7 @@ from ..scenes.keypose import draw_keypose
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import TEST_CONCEPTS, Figures, StudyRunner, TimeOver, scaled
+from .runner import TEST_CONCEPTS, Figures, NotMeasured, StudyRunner, scaled
 
 FAMILY = "spectral, own slots"
 WIDTH, HEIGHT, FINE = 256, 128, 2  # of the pictures, and how much finer their control images are
@@ -279,7 +279,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             try:
                 cells = [scene_cell(lab, variant, n, group.pictures // len(group.scenes), group) for n in group.scenes]
                 alone = [alone_rate(lab, names) for names in group.scenes]
-            except TimeOver:
+            except NotMeasured:
                 missing.append(f"{number} by {variant}")
                 continue
             row = {**scene_row(cells, group), "collapse alone": sum(alone) / len(alone)}
@@ -302,7 +302,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     pictures: dict[str, Image.Image] = {}
     try:
         pictures = {} if quick else {"sheet": scenes_sheet(lab)}
-    except TimeOver:
+    except NotMeasured:
         missing.append("the sheet")
     return Findings(tables, verdict(rows), pictures, missing)
 

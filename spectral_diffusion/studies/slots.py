@@ -13,7 +13,7 @@ from ..methods import get_method
 from ..metrics.statistics import mean_text
 from .fusion import NOTHING, FusionCell, adapters_of, change_for, drift_of, family_rate, measured_cells
 from .registry import Findings, Row, Table, study
-from .runner import SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver
+from .runner import SEEDS, TEST_CONCEPTS, Figures, NotMeasured, StudyRunner
 
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
 MERGES = ("sum", "fedavg", "gradient, prior term")
@@ -63,7 +63,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     findings = compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
     try:
         scale = Table("What a drift is to be compared with", drift_scale(lab, quick))
-    except TimeOver:
+    except NotMeasured:
         return replace(findings, missing=[*findings.missing, "the drift of single adapters"])
     return replace(findings, tables=[*findings.tables, scale])
 

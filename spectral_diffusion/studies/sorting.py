@@ -24,7 +24,7 @@ from ..data.image_grid import labelled_sheet
 from ..metrics.statistics import leading, rank_correlation_text
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, cell_key
+from .runner import TEST_CONCEPTS, NotMeasured, StudyRunner, cell_key
 
 ALONE = "alone"
 VARIANTS: tuple[tuple[str, str], ...] = (
@@ -151,7 +151,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     for variant in VARIANTS[:3] if quick else VARIANTS:
         try:
             shown += variant_images(lab, variant, names, quick)
-        except TimeOver:
+        except NotMeasured:
             missing.append(f"{variant[1]} of {variant[0]}")
     if not shown:
         return Findings([], "Nobody has sorted the pictures yet.", missing=missing)

@@ -13,7 +13,7 @@ from ..methods import get_method
 from ..metrics.statistics import difference_text, mean_text
 from ..training.run import train_to_file
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import RATES, SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled, seeded
+from .runner import RATES, SEEDS, TEST_CONCEPTS, Figures, NotMeasured, StudyRunner, best_rate, scaled, seeded
 
 STEPS = (60, 120, 240)
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
@@ -81,7 +81,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                 )
                 trained[method] = measured["trained"]
                 new.setdefault(length, []).append(measured["identity"] - lab.noun_baseline(name, seed)["identity"])
-        except TimeOver:
+        except NotMeasured:
             late.setdefault(f"seed {seed}", []).append(method)
             continue
         for length, values in new.items():
@@ -169,7 +169,7 @@ def steps_seconds(lab: StudyRunner, methods: Sequence[str], lengths: tuple[int, 
 
         try:
             measured = lab.cell("step-seconds", {"method": method, "lengths": lengths}, measure, timed=True)
-        except TimeOver:
+        except NotMeasured:
             continue
         out[method] = (measured["before"], measured["step"])
     return out

@@ -24,7 +24,7 @@ from ..models.base import Base
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import RATES, SEEDS, Figures, StudyRunner, TimeOver, scaled, swept_rate
+from .runner import RATES, SEEDS, Figures, NotMeasured, StudyRunner, scaled, swept_rate
 
 CONTENTS = ("rex", "brew", "inky", "zippy")
 STYLES = ("poster", "bands")
@@ -165,13 +165,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             ]
             pairs = list(itertools.product(seeds, contents, styles))
             alone = [alone_cell(lab, family, chosen[family], c, s, seed) for seed, c, s in pairs]
-        except TimeOver:
+        except NotMeasured:
             missing.append(family)
             continue
         for merge in merges:
             try:
                 both = [both_cell(lab, family, chosen[family], c, s, seed, merge) for seed, c, s in pairs]
-            except TimeOver:
+            except NotMeasured:
                 missing.append(f"{family}: {merge}")
                 continue
             rows.append({"family": family, "merge": merge, **style_row(alone, both, [f"{c}+{s}" for _, c, s in pairs])})
@@ -183,7 +183,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     if rows and not quick:
         try:
             pictures = {"sheet": styles_sheet(lab, chosen)}
-        except TimeOver:
+        except NotMeasured:
             missing.append("the sheet")
     return Findings(tables, verdict(rows), pictures, missing)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..metrics.statistics import difference_text, mean_text
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import RATES, SEEDS, TEST_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
+from .runner import RATES, SEEDS, TEST_CONCEPTS, NotMeasured, StudyRunner, best_rate, scaled, seeded
 from .speed import PLAIN, STEPS
 
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
@@ -56,7 +56,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                 measured = lab.alone(name, **change)
                 trained[columns] = measured["trained"]
                 new.setdefault(length, []).append(measured["identity"] - lab.noun_baseline(name, seed)["identity"])
-        except TimeOver:
+        except NotMeasured:
             late.setdefault(f"seed {seed}", []).append(columns)
             continue
         for length, values in new.items():

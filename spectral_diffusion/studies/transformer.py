@@ -12,7 +12,7 @@ from ..config.presets import preset_settings
 from ..data.image_grid import image_grid
 from .fusion import FusionCell, adapters_of, family_rate, measured_cells, sheet_of
 from .registry import Findings, Row, Table, study
-from .runner import SEEDS, TEST_CONCEPTS, StudyRunner, TimeOver, study_settings
+from .runner import SEEDS, TEST_CONCEPTS, NotMeasured, StudyRunner, study_settings
 from .scenes import GROUPS, VARIANTS, SceneGroup, pictures_of, scene_cell, scene_row
 
 U_NET, TRANSFORMER = "pocket", "pocket-transformer"
@@ -60,7 +60,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         regions += [{"base": base, **row} for row in bound]
         try:
             pictures |= {} if quick else {base: base_sheet(runner)}
-        except TimeOver:
+        except NotMeasured:
             not_bound.append("the sheet")
         missing += [f"{base}: {text}" for text in (*late, *not_bound)]
         if runner is not lab:
@@ -106,7 +106,7 @@ def region_rows(lab: StudyRunner, quick: bool) -> tuple[list[Row], list[str]]:
             count = group.pictures // len(group.scenes)
             try:
                 cells = [scene_cell(lab, variant, names, count, group) for names in group.scenes]
-            except TimeOver:
+            except NotMeasured:
                 missing.append(f"{number} by {variant}")
                 continue
             rows.append({"subjects": number, "variant": variant, **scene_row(cells, group)})
