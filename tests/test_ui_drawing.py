@@ -599,7 +599,9 @@ def values_of(base: Path, **more: Any) -> list[Any]:
     return [(usual | more).get(name) for name in Fields.__dataclass_fields__]
 
 
-def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
+def test_tab_draws_shows_and_refills(
+    handlers: Any, workspace: Workspace, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from spectral_diffusion.app.tabs.generate_layout import Fields
 
     news = list(handlers.generate_from_fields(handlers.begin(Asker("one"))[-1], *values_of(trained[0])))
@@ -610,6 +612,11 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
     *filled, line = handlers.refilled(name)
     by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
     assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
+    assert by_name["quantization"] == ""  # as the base is loaded anyway
+    unlike = {"quantization": "int8"}
+    monkeypatch.setattr("spectral_diffusion.app.generation.as_loaded", lambda *given: unlike)
+    assert dict(zip(Fields.__dataclass_fields__, handlers.refilled(name), strict=False))["quantization"] == "none"
+    monkeypatch.undo()
     again = list(handlers.again(handlers.begin(Asker("one"))[-1], name))[-1]
     assert pixels(Path(again[0])) == pixels(Path(picture)) and again[0] != picture
 

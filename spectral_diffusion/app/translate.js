@@ -57,7 +57,9 @@
     const lines = parts(text, /\n+/);
     if (lines) return lines.join("\n");
     const sentences = parts(text, /(?<=[.!?])\s+(?=[A-Z*`'"])/);
-    return sentences ? sentences.join(language === "zh" ? "" : " ") : null;
+    if (sentences) return sentences.join(language === "zh" ? "" : " ");
+    const items = parts(text, / · /);
+    return items ? items.join(" · ") : null;
   }
 
   // --- the page

@@ -310,6 +310,9 @@ class GenerateHandlers:
             "sketch_adapter": refill.sketch_adapter, "keypose_weight": refill.keypose_weight,
             "keypose_adapter": refill.keypose_adapter,
         }  # fmt: skip
+        loaded = generation.as_loaded(self.workspace, refill.base)
+        if loaded.get("quantization", "none") == refill.fields["quantization"]:
+            values["quantization"] = ""  # how the base is loaded anyway; chosen, it would stay for the next base
         ratio = generation.ratio_of(self.workspace, refill.base, refill.fields["width"], refill.fields["height"])
         values["canvas"] = gr.HTML(value=refill.canvas, ratio=ratio, backdrop=backdrop)
         line = " ".join([f"{message}; change what you like.", *refill.notes])
