@@ -24,6 +24,9 @@ from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
 from spectral_diffusion.studies import continual, fusion, runner, scenes, sorting
 from spectral_diffusion.studies.capacity import jobs
+from spectral_diffusion.studies.families import TRIED as FURTHER
+from spectral_diffusion.studies.families import family_jobs
+from spectral_diffusion.studies.families import verdict as verdict_on_families
 from spectral_diffusion.studies.fusion import (
     FAMILIES,
     JOINT,
@@ -248,6 +251,17 @@ def test_extras_have_one_seed_and_joint_loras_a_rate_that_fits_their_rank() -> N
     assert fusion.joint_rate(FusionCell("spectral, own slots", JOINT, 4), 2.0) == 2.0
 
 
+def test_families_are_compared_by_the_best_merge_of_each() -> None:
+    def row(family: str, merge: str, share: str) -> dict[str, object]:
+        return {"family": family, "merge": merge, "K": 8, "of alone": share, "drift": "0.20"}
+
+    assert {job.family for job in family_jobs(quick=False)} == set(FURTHER)
+    rows = [row("lora", "sum", "0.30 [0.20, 0.40]"), row("lora", "gradient", "0.80"), row("lora", JOINT, "0.70")]
+    text = verdict_on_families([*rows, row("rotation, own slots", "sum", "0.40")])
+    assert "keep lora 0.80 (gradient, drift 0.20), lora, trained jointly 0.70 (joint, drift 0.20)" in text
+    assert text.endswith("rotation, own slots 0.40 (sum, drift 0.20).")
+
+
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
     assert lowest(weight_of_full_rank(), 3) == (34, 37)
 
@@ -259,7 +273,8 @@ def test_what_time_did_not_allow_is_told_by_what_it_belongs_to() -> None:
 def test_every_method_and_merge_has_an_entry_in_a_study() -> None:
     variants = {"spectral-additive-s", "spectral-rotation-s"}  # of the study of slots
     assert set(all_methods()) - variants == set(METHODS)
-    tried = {MERGES[merge]["merge"] for merges in TRIED.values() for merge in merges if merge != JOINT}
+    rows = [merge for merges in (*TRIED.values(), *FURTHER.values()) for merge in merges]
+    tried = {MERGES[merge]["merge"] for merge in rows if merge != JOINT}
     tried |= {merge["merge"] for merge in STYLE_MERGES.values()}
     # cat is the sum again, dare is random, and svd only lowers a rank.
     assert set(all_merges()) - {"cat", "dare", "svd"} == tried
