@@ -18,7 +18,7 @@ from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base
-from spectral_diffusion.training.checkpoint import step_of
+from spectral_diffusion.training.checkpoint import differences, step_of
 from spectral_diffusion.training.control_adapter import control_state_path as folder_state
 from spectral_diffusion.training.control_adapter import prepare_control_output as prepare_folder
 from spectral_diffusion.training.output import claimed, is_done, settled
@@ -116,6 +116,16 @@ def test_early_stopping_is_a_setting_that_decides(train: Train, output: Path, co
         train(resume=True, validation={**stopping, "seed": 1})
     train(notes=notes, resume=True, validation={**stopping, "model_card": True})
     assert notes[-1] == f"{output} is done already."
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_no_difference_while_it_is_off() -> None:
+    now = {"steps": 4, "validation": {"early_stopping_patience": 0}}
+    assert differences({"steps": 4}, now) == {}
+    assert differences({"steps": 4, "validation": {"early_stopping_patience": 2}}, now).keys() == {
+        "validation.early_stopping_patience"
+    }
+    on = {"steps": 4, "validation": {"early_stopping_patience": 2}}
+    assert differences({"steps": 4}, on) == {"validation.early_stopping_patience": (None, 2)}
 
 
 def test_a_page_that_a_person_wrote_is_not_replaced_by_a_card(train: Train, output: Path) -> None:

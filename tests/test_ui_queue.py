@@ -90,7 +90,7 @@ def queue(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Que
     queue = Queue(workspace, (sys.executable, "-S", "-c", STAND_IN))
     yield queue
     for job in queue.jobs():
-        if job.record.state == "running" and job.alive:
+        if job.alive:  # whatever a test has written into its record
             os.kill(job.record.pid, signal.SIGKILL)
 
 

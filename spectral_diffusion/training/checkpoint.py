@@ -146,9 +146,12 @@ def written(value: Any) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of settings that differ, with their earlier and their present value."""
+    """Dotted names of settings that differ, with their earlier and their present value.
+
+    One that an earlier version did not have, and that is off now, is no difference.
+    """
     old, new = flat_settings(before), flat_settings(now)
-    return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value and (key in old or value)}
 
 
 def refuse_changed_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
