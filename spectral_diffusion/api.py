@@ -31,9 +31,10 @@ from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
 from .core.errors import Cancelled, Fix, UserError
-from .core.files import refuse_overwriting_page, write_text
+from .core.files import write_text
 from .core.hooks import QUIET, Event, Hooks
 from .core.hub import hub_problem
+from .core.outputs import refuse_overwriting_page
 from .data.folder import describe, load_concept, open_photo
 from .hub import ADAPTER_FILE, CARD, adapter_card, publish
 from .linalg import Factors

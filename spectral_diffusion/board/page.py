@@ -13,9 +13,10 @@ from typing import Any
 from PIL import Image
 
 from ..core.errors import UserError
-from ..core.files import atomic, parse_json, read_text, refuse_overwriting_page, write_json, write_text
+from ..core.files import atomic, parse_json, read_text, write_json, write_text
 from ..core.machine import made_on, record_provenance
 from ..core.names import slug
+from ..core.outputs import refuse_overwriting_page
 from ..core.paths import without_folders
 from ..evaluation.tables import markdown
 from ..metrics.statistics import leading

@@ -99,8 +99,8 @@ def generate(
         return
     with importing():
         from ..core.errors import Cancelled
-        from ..core.files import refuse_overwriting_settings, write_settings
         from ..core.machine import heading
+        from ..core.outputs import refuse_overwriting_settings, write_settings
         from ..scenes.generate import generate_to_file
 
     source, overrides = source_of(words)

@@ -12,9 +12,10 @@ from ..config.evaluate import EvaluateConfig
 from ..config.scene import Scene
 from ..config.settings import to_yaml
 from ..core.errors import Fix, UserError
-from ..core.files import check_writable, write_settings
+from ..core.files import check_writable
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading, provenance
+from ..core.outputs import write_settings
 from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..metrics.views import View

@@ -20,9 +20,10 @@ from ..adapters.formats.fused_projections import join_parts, original_layers
 from ..adapters.formats.lora import comfyui_tensors, diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from ..config.fuse import FuseConfig
 from ..core.errors import ELSEWHERE, Fix, UserError
-from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
+from ..core.files import atomic_folder, check_writable, read_header, write_tensors, write_text
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import made_on, provenance
+from ..core.outputs import check_replaceable, holds
 from ..core.paths import without_folders
 from ..linalg import Factors, to_float64, truncate
 from ..models.base import Base

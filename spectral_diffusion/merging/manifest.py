@@ -11,20 +11,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.native import load_adapter
 from ..config.fuse import FuseConfig
 from ..core.errors import ELSEWHERE, UserError
-from ..core.files import (
-    check_only,
-    check_replaceable,
-    exists,
-    holds,
-    is_file,
-    is_folder,
-    parse_json,
-    read_tensors,
-    read_text,
-    write_json,
-    write_tensors,
-)
+from ..core.files import exists, is_file, is_folder, parse_json, read_tensors, read_text, write_json, write_tensors
 from ..core.machine import provenance
+from ..core.outputs import check_only, check_replaceable, holds
 from ..core.paths import is_full, located_base, portable_base
 from ..linalg import Factors
 from ..models.loading import quiet_loading

@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..core.errors import UserError
-from ..core.files import atomic, parse_json, read_text, refuse_overwriting_page, write_json, write_text
+from ..core.files import atomic, parse_json, read_text, write_json, write_text
 from ..core.machine import made_on, record_provenance
+from ..core.outputs import refuse_overwriting_page
 from ..evaluation.tables import markdown
 from .registry import Findings, Study
 from .runner import Figures, StudyRunner

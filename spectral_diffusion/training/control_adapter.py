@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..config.control import ControlConfig
 from ..config.settings import read_yaml, to_yaml
 from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError
-from ..core.files import atomic_folder, check_only, check_writable, write_text
+from ..core.files import atomic_folder, check_writable, write_text
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
+from ..core.outputs import check_only
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
 from ..data.control_pairs import CHANNELS, ControlPair, Read, encode_pairs, pairs_digest, read_pairs

@@ -16,9 +16,10 @@ from ..config.presets import with_rates
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core.errors import ELSEWHERE, Fix, UserError
-from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_page, refuse_overwriting_settings
+from ..core.files import cannot_write, check_writable, read_header
 from ..core.hooks import QUIET, Hooks
 from ..core.locks import ProcessLock
+from ..core.outputs import refuse_overwriting_page, refuse_overwriting_settings
 from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..methods import get_method

@@ -11,10 +11,11 @@ from ..config.presets import with_rates
 from ..config.settings import to_yaml
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
-from ..core.files import check_writable, write_settings
+from ..core.files import check_writable
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.names import check_name, with_article
+from ..core.outputs import write_settings
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
 from ..data.joint import joined
