@@ -771,9 +771,13 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
     assert isinstance(wrong.exception, UserError) and "options.density" in str(wrong.exception)
     without = CliRunner().invoke(app, [*tune, "options.solver=lbfgs", "--prior-weights", "0"])
     assert without.exit_code == 0, without.output  # it is the candidates' settings that have to fit
-    for strengths in ("", "nan"):
-        odd = CliRunner().invoke(app, ["tune", str(three[0]), str(three[1]), "--strengths", strengths])
-        assert isinstance(odd.exception, UserError) and "--strengths needs at least one number" in str(odd.exception)
+    for option, value, why in (
+        ("--strengths", "", "--strengths needs at least one number"),
+        ("--strengths", "1,nan", "have to be finite"),
+        ("--prior-weights", "inf", "have to be finite"),
+    ):
+        odd = CliRunner().invoke(app, ["tune", str(three[0]), str(three[1]), option, value])
+        assert isinstance(odd.exception, UserError) and why in str(odd.exception)
     named = ["tune", f"adapters=[{three[0]}, {three[1]}]", *tune[3:5], *tune[6:]]
     said = CliRunner().invoke(app, named)
     assert said.exit_code == 0 and f"Best: fuse {three[0]} {three[1]} --merge gradient" in said.stdout, said.output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +75,7 @@ from spectral_diffusion.studies.slots import check_equal, slot_jobs
 from spectral_diffusion.studies.speed import METHODS
 from spectral_diffusion.studies.styles import STYLE_MERGES, STYLES, TUNING_STYLE
 from spectral_diffusion.studies.transformer import isolation_of, runners_of, scenes_of, shown_settings
+from spectral_diffusion.training.output import state_path
 
 
 @pytest.fixture(scope="module")
@@ -303,19 +306,26 @@ def test_a_training_that_diverged_is_not_tried_again_and_one_that_was_stopped_co
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = StudyRunner(folder=tmp_path, settings=study_settings(quick=True))
-    ends: list[BaseException] = [KeyboardInterrupt(), NotFiniteError("It met NaN.", Fix("learning_rate", "lower"))]
-    times = iter([10.0, 14.0, 20.0, 21.0])
+    stop = KeyboardInterrupt
+    ends: list[BaseException] = [stop(), stop(), stop(), NotFiniteError("It met NaN.", Fix("learning_rate", "lower"))]
+
+    file = lab.adapter_path("rex")
 
     def train(*given: object, **more: object) -> None:
+        if len(ends) < 4:  # the second has saved a state after a hundred seconds, the third none since
+            saved = time.time() + (100 if len(ends) == 3 else -100)
+            state_path(file).write_bytes(b"state")
+            os.utime(state_path(file), (saved, saved))
         raise ends.pop(0)
 
     monkeypatch.setattr(runner, "train_to_file", train)
-    monkeypatch.setattr(runner.time, "monotonic", lambda: lab.begun)
-    file = lab.adapter_path("rex")
-    monkeypatch.setattr(lab, "check_time", lambda: monkeypatch.setattr(runner.time, "monotonic", lambda: next(times)))
     with pytest.raises(KeyboardInterrupt):
         lab.trained("rex")
-    assert json.loads(file.with_name(runner.STOPPED).read_text()) == 4.0
+    assert not file.with_name(runner.STOPPED).exists()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lab.trained("rex")
+        assert json.loads(file.with_name(runner.STOPPED).read_text()) == pytest.approx(100, abs=1)
     with pytest.raises(NotMeasured, match="It met NaN"):
         lab.trained("rex")
     with pytest.raises(NotFiniteError, match="It met NaN"):  # from what was written down
@@ -454,11 +464,26 @@ def test_the_eye_and_the_encoder_are_compared_fusion_by_fusion() -> None:
     assert row["right by eye"] == 1 / 8 and row["likeness by eye"] == 0.5 and row["right by the encoder"] == 1
 
 
-@pytest.mark.parametrize("line", ["1 rex", "1 rex five", "1 rex 5", "1 rex nan", "one rex 3", "1 max 3", "1 rex 3 4"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 rex",
+        "1 rex five",
+        "1 rex 5",
+        "1 rex nan",
+        "one rex 3",
+        "1 max 3",
+        "1 rex 3 4",
+        "1 rex 4.5",
+        "0 rex 3",
+        "9 rex 3",
+        "1 rex 3\n1 rex 2",
+    ],
+)
 def test_answers_in_another_form_name_the_file_and_the_line(line: str, tmp_path: Path) -> None:
     file = tmp_path / "answers-a.txt"
     file.write_text(f"{line}\n\n")
-    with pytest.raises(UserError, match=r"answers-a.txt: '.*' is not a line such as '12 rex 3'"):
+    with pytest.raises(UserError, match=r"answers-a.txt: '.*' is not a line such as '12 rex 3', with a number"):
         sorting.read_answers(file, 1, ["rex", "fido"])
     file.write_text("1 rex 3.5\n")
     with pytest.raises(UserError, match="no answer for picture 2"):

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_photos
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.app import bases, comparing, downloads, fusing, speeds
 from spectral_diffusion.app.adapters import read_adapter
-from spectral_diffusion.app.sentences import in_app
+from spectral_diffusion.app.sentences import errors_in_app, in_app
 from spectral_diffusion.app.streaming import cancellable
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
@@ -349,6 +350,17 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
             call()
     assert bases.fused_names(workspace) == ["pair"]
     assert [path for path in workspace.pictures.rglob("*") if path.is_file()] == []
+
+
+def test_a_failed_write_names_its_folder_and_what_to_do(workspace: Workspace) -> None:
+    denied = SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+    told = r"folder fused: .*Permission denied.*; give this user the right to write there"
+    with pytest.raises(UserError, match=told), errors_in_app(workspace, "fused"):
+        raise denied
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
+    workspace.trash.write_bytes(b"a file where the trash belongs")
+    with pytest.raises(UserError, match=r"folder \.trash: File exists"):
+        fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, replace=True)
 
 
 def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: Path) -> None:

@@ -181,6 +181,21 @@ def test_an_adapter_that_is_trained_anew_is_kept_in_the_trash(queue: Queue, work
     assert [folder.name for folder in workspace.trash.iterdir()] == [kept.name]  # not again at every launch
 
 
+def test_an_adapter_that_cannot_be_kept_is_not_replaced(queue: Queue, workspace: Workspace) -> None:
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    (workspace.adapters / "ann.safetensors").write_bytes(b"an older one")
+    workspace.trash.write_bytes(b"a file where the trash belongs")
+    with pytest.raises(UserError, match=r"folder \.trash: File exists; look at what is in its place"):
+        queue.enqueue("ann")
+    assert states(queue) == {"ann": "failed"}
+    workspace.trash.unlink()
+    [job] = queue.jobs()
+    queue.resume(job.id)
+    training(queue, job.id)
+    [kept] = workspace.trash.iterdir()
+    assert (kept / "ann.safetensors").read_bytes() == b"an older one"
+
+
 def test_pause_holds_the_queue_until_resume(queue: Queue) -> None:
     first, _ = queue.enqueue("ann")
     queue.enqueue("bob")

@@ -47,6 +47,7 @@ class Record(BaseModel):
     created: float = 0.0  # seconds since the epoch, as the next
     launched: float = 0.0
     launches: int = 0
+    kept: bool = False  # whether the adapter that it replaces is in the trash
     pid: int = 0
     pid_started: int | None = None  # detects a reused pid
     message: str = ""

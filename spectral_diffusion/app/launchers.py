@@ -194,7 +194,7 @@ class OnCluster:
         return False
 
     def stop(self, job: QueueJob, at_once: bool = False) -> None:
-        """See :class:`Launcher`; the cluster itself ends what does not stop in its time.
+        """See :class:`Launcher`; on a cluster nothing is ended at once: it kills what does not stop in its time.
 
         Raises:
             UserError: the cluster does not answer.

@@ -156,7 +156,7 @@ class Queue:
                 job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
                 message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
-                again = job.record.wish == wish
+                again = job.record.wish == wish and job.record.executor == "local"
                 job = job.write(wish=wish)
                 try:
                     self._launcher(job).stop(job, at_once=again)
@@ -296,6 +296,11 @@ class Queue:
                 raise UserError(
                     f"The photos of '{job.record.concept}' are gone (deleted or renamed); add them again in step 1."
                 )
+            output = job.output(self.workspace.adapters)
+            done = output.exists()  # of an earlier training; --resume would keep it
+            if done and not job.record.kept:
+                keep(self.workspace, job.record.concept, [output])
+                job = job.write(kept=True)
         except UserError as error:
             job.write(state="failed", message=rendered(error))
             return False
@@ -305,10 +310,6 @@ class Queue:
             launches=job.record.launches + 1,
         )  # fmt: skip
         options = [str(folder), "--config", str(job.settings), "--status", str(job.status_file)]
-        output = job.output(self.workspace.adapters)
-        done = output.exists()  # of an earlier training; --resume would keep it
-        if done and job.record.launches == 1:
-            keep(self.workspace, job.record.concept, [output])
         if job.record.launches > 1 and (self.resumable(job) or not done):
             options.append("--resume")
         try:

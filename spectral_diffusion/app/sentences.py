@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from ..core.errors import Fix, UserError, reason
-from .disk import unwritten
+from .disk import NotWritable, unwritten
 
 if TYPE_CHECKING:
     from .workspace import Workspace
@@ -74,6 +74,8 @@ def errors_in_app(workspace: Workspace, folder: str) -> Iterator[None]:
     """
     try:
         yield
+    except NotWritable:  # of another folder, which it names
+        raise
     except (UserError, OSError, SafetensorError) as error:
         why, number = _unwritten(error)
         if why:
@@ -89,5 +91,7 @@ def _unwritten(error: BaseException | None) -> tuple[str, int | None]:
         return _unwritten(error.__cause__) if error.message.startswith("Cannot write") else ("", None)
     if isinstance(error, OSError):
         return error.strerror or reason(error), error.errno
-    serialized = error is not None and "Error while serializing" in str(error)
-    return (reason(error).rpartition(": ")[2] if error and serialized else ""), None
+    if error is None or "Error while serializing" not in str(error):
+        return "", None
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return reason(error).rpartition(": ")[2], int(number[1]) if number else None

@@ -168,8 +168,10 @@ def tune(
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, prior_weights)]
     except ValueError as error:
         raise UserError("--strengths and --prior-weights take numbers with commas, such as 0.5,0.8,1.") from error
-    if not tries[0] or not all(math.isfinite(value) for values in tries for value in values):
-        raise UserError("--strengths needs at least one number, and all have to be finite, such as 0.5,0.8,1.")
+    if not tries[0]:
+        raise UserError("--strengths needs at least one number, such as 0.5,0.8,1.")
+    if not all(math.isfinite(value) for values in tries for value in values):
+        raise UserError("All of --strengths and --prior-weights have to be finite, such as 0.5,0.8,1.")
     from ..merging.manifest import adapters_in_fusion
     from ..merging.search import search_scales
     from ..models.loading import load_base

@@ -24,7 +24,7 @@ from ..merging.fuse import fuse_adapters
 from ..metrics.statistics import difference_text, leading, mean_text, share_text
 from ..models.base import Base
 from .registry import Findings, Row, Table, study
-from .runner import MANY, RATES, SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
+from .runner import MANY, RATES, SEEDS, TEST_CONCEPTS, Figures, NotMeasured, StudyRunner, TimeOver, best_rate, scaled
 
 NOTHING = "Nothing was measured yet."
 GAP = "fused minus own slots summed"  # paired by concept and seed
@@ -260,7 +260,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     pictures: dict[str, Image.Image] = {}
     try:
         pictures = {} if quick else {"sheet": fusion_sheet(lab)}
-    except TimeOver:
+    except NotMeasured:
         missing.append("the sheet")
     return Findings(tables, verdict(rows), pictures, missing)
 
@@ -286,7 +286,8 @@ def measured_cells(
     rates: dict[tuple[str, int], float] = {}
     sweeps: list[Row] = []
     late: dict[FusionCell, list[int]] = {}
-    diverged: dict[tuple[str, int, int], str] = {}  # family, rank and seed of a training that did
+    # A joint training that did, or family, rank and seed of single ones, without which there is nothing to merge.
+    diverged: dict[tuple[FusionCell | str, int, int], str] = {}
     for seed, job in itertools.product(seeds, jobs):
         if seed not in seeds_of(job, seeds):
             continue
@@ -305,7 +306,9 @@ def measured_cells(
             continue
         except NotFiniteError as error:  # a rate that others do best at may be too high for one of these
             lab.note(f"{job}, seed {seed}: {error}")
-            diverged[(*kind, seed)] = f"{job.family}, rank {job.rank}, seed {seed}, met NaN or infinity"
+            of_joint = job.merge == JOINT
+            what = str(job) if of_joint else f"{job.family}, rank {job.rank}"
+            diverged[(job if of_joint else job.family, job.rank, seed)] = f"{what}, seed {seed}, met NaN or infinity"
             late.setdefault(job, []).append(seed)
             continue
         lab.note(f"{job}, seed {seed}")

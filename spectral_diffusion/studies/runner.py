@@ -41,6 +41,7 @@ from ..models.base import Base
 from ..models.loading import load_base
 from ..pocket import is_pocket
 from ..scenes.sampling import sample
+from ..training.output import state_path
 from ..training.run import train_to_file
 
 log = logging.getLogger(__name__)
@@ -312,15 +313,17 @@ class StudyRunner:
         """
         file.unlink(missing_ok=True)  # the run was killed before it wrote its seconds: measure again
         stopped = file.with_name(STOPPED)
-        before = float(json.loads(read_text(stopped))) if stopped.is_file() else 0.0
-        begun = time.monotonic()
+        state = state_path(file)
+        before = float(json.loads(read_text(stopped))) if stopped.is_file() and state.is_file() else 0.0
+        begun, clock = time.monotonic(), time.time()
         try:
             train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
         except NotFiniteError as error:
             write_json(file.with_name(DIVERGED), error.message)
             raise Diverged(error.message, *error.fixes) from error
         except BaseException:
-            write_json(stopped, before + time.monotonic() - begun)
+            if state.is_file():  # what was trained since is trained again, and counts then
+                write_json(stopped, before + max(0.0, state.stat().st_mtime - clock))
             raise
         write_json(file.with_name(SECONDS), before + time.monotonic() - begun)
 

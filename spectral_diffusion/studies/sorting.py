@@ -109,20 +109,21 @@ def read_answers(path: Path, count: int, names: Sequence[str]) -> Answers:
     """A rater's file.
 
     Raises:
-        UserError: a line is not ``number name grade``, a name is no concept's, or a number is missing.
+        UserError: a line is not ``number name grade``, a name is no concept's, or a number is missing or twice.
     """
     answers: dict[int, tuple[str, float]] = {}
+    left = set(range(1, count + 1))
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         number, name, grade = parsed_line(line)
-        if number is None or name not in names or not 0 <= grade < len(GRADES):
+        if number not in left or name not in names or not 0 <= grade <= len(GRADES) - 1:
             raise UserError(
-                f"{path}: '{line[:40]}' is not a line such as '12 {names[0]} 3', with a name of names.txt and a "
-                f"grade from 0 to {len(GRADES) - 1}."
+                f"{path}: '{line[:40]}' is not a line such as '12 {names[0]} 3', with a number from 1 to "
+                f"{count} once, a name of names.txt and a grade from 0 to {len(GRADES) - 1}."
             )
+        left.remove(number)
         answers[number] = name, grade
-    left = [number for number in range(1, count + 1) if number not in answers]
     if left:
-        raise UserError(f"{path} has no answer for picture {left[0]}, nor for {len(left) - 1} others.")
+        raise UserError(f"{path} has no answer for picture {min(left)}, nor for {len(left) - 1} others.")
     ordered = [answers[number] for number in range(1, count + 1)]
     return Answers([name for name, _ in ordered], [grade for _, grade in ordered])
 
