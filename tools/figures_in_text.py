@@ -21,9 +21,15 @@ SIZES = (2, 4, 8)
 FAMILY = "spectral, own slots"
 
 
+def record(study: str) -> Mapping[str, Any]:
+    """A study's record."""
+    found: Mapping[str, Any] = json.loads((RECORDS / f"{study}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def tables(study: str) -> Sequence[Sequence[Mapping[str, Any]]]:
     """The tables of a study's record."""
-    return list(json.loads((RECORDS / f"{study}.json").read_text(encoding="utf-8"))["tables"].values())
+    return list(record(study)["tables"].values())
 
 
 def mean(text: Any) -> str:
@@ -46,6 +52,7 @@ def merges_table() -> str:
         raise SystemExit("The record of recipes has no U-Net distilled for eight concepts, which README's table shows.")
     distilled = found[0]
     minutes = {10: "ten"}.get(round(distilled["seconds"] / 60), str(round(distilled["seconds"] / 60)))
+    other = "" if record("recipes")["base"] == record("fusion")["base"] else "; measured on an earlier pocket base"
     rows = [
         ("`spectral` (default: the sum)", kept("sum"), "exact, instant, exports as one LoRA"),
         ("`ties`", kept("ties"), "instant"),
@@ -53,7 +60,7 @@ def merges_table() -> str:
         (
             "`gradient`, then distilled",
             ["", "", mean(distilled["of alone"])],
-            f"{minutes} minutes of one core; generic prompts change little ([recipes](docs/evidence/recipes.md))",
+            f"{minutes} minutes of one core; other prompts change little ([recipes](docs/evidence/recipes.md)){other}",
         ),
     ]
     head = ["| `fuse --merge` | 2 concepts | 4 | 8 | |", "| --- | ---: | ---: | ---: | --- |"]
