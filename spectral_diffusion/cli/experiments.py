@@ -14,7 +14,8 @@ from ..core.paths import without_folders
 from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
-if TYPE_CHECKING:  # it brings torch
+if TYPE_CHECKING:  # they bring torch
+    from ..studies.registry import Study
     from ..studies.runner import StudyRunner
 
 
@@ -42,8 +43,7 @@ def experiment(
     cluster: ClusterOption = None,
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
-    from ..studies.registry import all_studies, get_study
-    from ..studies.report import check_page, read_records, write_findings
+    from ..studies.report import read_records, write_findings
     from ..studies.runner import study_settings
 
     if name is None and not repeat:
@@ -57,9 +57,7 @@ def experiment(
         _repeat(repeat, base, recipe, encoder, output, work, hours)
         return
     assert name is not None
-    studies = list(all_studies().values()) if name == "all" else [get_study(name)]
-    for study in studies:
-        check_page(study, output, quick)
+    studies = _chosen(name, output, quick)
     settings = study_settings(recipe, quick, base)
     if executor:
         _submit(name, [study.name for study in studies], output, executor, cluster, jobs)
@@ -82,6 +80,17 @@ def experiment(
             failed.append(study.name)
     if failed:
         raise UserError(f"{len(failed)} of {len(studies)} studies ended early: {', '.join(failed)}, as said above.")
+
+
+def _chosen(name: str, output: Path, quick: bool) -> list[Study]:
+    """The studies that are measured, none of which would replace a page that a person wrote."""
+    from ..studies.registry import all_studies, get_study
+    from ..studies.report import check_page
+
+    studies = list(all_studies().values()) if name == "all" else [get_study(name)]
+    for study in studies:
+        check_page(study, output, quick)
+    return studies
 
 
 def _list() -> None:
