@@ -354,8 +354,8 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
 
 def test_a_failed_write_names_its_folder_and_what_to_do(workspace: Workspace) -> None:
     denied = SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
-    told = r"folder fused: .*Permission denied.*; give this user the right to write there"
-    with pytest.raises(UserError, match=told), errors_in_app(workspace, "fused"):
+    sentence = r"folder fused: .*Permission denied.*; give this user the right to write there"
+    with pytest.raises(UserError, match=sentence), errors_in_app(workspace, "fused"):
         raise denied
     fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     workspace.trash.write_bytes(b"a file where the trash belongs")

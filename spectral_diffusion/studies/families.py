@@ -35,7 +35,7 @@ def family_jobs(quick: bool) -> list[FusionCell]:
     "families",
     "sec. 4.2",
     "Rotated columns fuse like added ones; slots alone keep concepts apart, without training that knows the others.",
-    (240, 0.25),
+    (150, 0.25),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused, text match and drift, of families that cost a training of their own each."""

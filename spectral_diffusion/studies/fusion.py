@@ -248,7 +248,7 @@ def drift_of(lab: StudyRunner, base: Base, seed: int) -> float:
     "fusion",
     "Figs. 5, 12, 13",
     "Adapters in disjoint slots fuse by addition and keep every concept's identity better than averaging LoRAs.",
-    (120, 0.25),
+    (160, 0.25),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused, text match and drift, for every family and merge."""
